@@ -1,0 +1,112 @@
+"""The analysis of one matrix: factor it, test its vectors, hold its spectrum against the law."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_rmt.config import AnalysisConfig
+from hf_rmt.models.matrices import WeightMatrix
+from hf_rmt.reports.result import MatrixResult, Spectrum
+from hf_rmt.theory.controls import control_matrix, seed_for
+from hf_rmt.theory.decomposition import singular_values, svd
+from hf_rmt.theory.ks_null import MonteCarloNull
+from hf_rmt.theory.marchenko_pastur import MarchenkoPastur, sigma_of
+from hf_rmt.theory.singular_vectors import MIN_ENTRIES, VectorTest, test_vectors
+from hf_rmt.theory.statistics import Law, outliers, spectrum_statistics
+
+
+def analyse_matrix(matrix: WeightMatrix, config: AnalysisConfig, digest: str = "") -> MatrixResult:
+    """Everything a report says about one matrix.
+
+    Raises:
+        ValueError: the weight cannot be read, or, if ``config.strict``, is not finite.
+    """
+    weight = matrix.read()
+    if config.device is not None:
+        weight = weight.to(config.device)
+    row = _labels(matrix)
+    bad = _count_not_finite(weight)
+    if bad:
+        message = f"{bad} of {weight.numel()} entries are NaN or Inf"
+        if config.strict:
+            raise ValueError(f"{matrix.name}: {message}; repair the weights, or analyse without strict")
+        return MatrixResult(row=row | {"note": message}, digest=digest)
+    spectrum = _spectrum(weight, config)
+    entry_std = float(weight.float().std(correction=0))
+    law = Law.fit(config.sigma, spectrum.s, matrix.shape, entry_std, config.rate)
+    row |= spectrum_statistics(spectrum.s, matrix.shape, entry_std, law) | _vector_columns(spectrum)
+    row["note"] = _note(matrix, spectrum, config)
+    control = None
+    if config.control is not None:
+        random = control_matrix(weight, config.control, seed_for(config.seed, matrix.name))
+        control = _spectrum(random.to(weight.device), config)
+        row |= _control_columns(control, random, config)
+    return MatrixResult(spectrum.s, spectrum.right, spectrum.left, row, control, digest)
+
+
+def _labels(matrix: WeightMatrix) -> dict[str, Any]:
+    labels = {key: getattr(matrix, key) for key in ("name", "role", "stack", "block", "expert", "part")}
+    return labels | {"rows": matrix.shape[0], "cols": matrix.shape[1]}
+
+
+def _count_not_finite(weight: torch.Tensor) -> int:
+    if bool(weight.float().sum().isfinite()):  # one pass in the usual case; an overflow is looked into
+        return 0
+    return int((~weight.float().isfinite()).sum())
+
+
+def _spectrum(weight: torch.Tensor, config: AnalysisConfig) -> Spectrum:
+    if config.sides == "none":
+        return Spectrum(singular_values(weight).cpu())
+    factors = svd(weight, torch.float32)
+    null = MonteCarloNull(config.null_draws, config.seed) if config.null_draws else None
+    testable = factors.testable()
+    return Spectrum(
+        factors.s.cpu(),
+        test_vectors(factors.vh, testable, null) if config.right else None,
+        test_vectors(factors.u.mT, testable, null) if config.left else None,
+    )
+
+
+def _vector_columns(spectrum: Spectrum) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for side, test in (("right", spectrum.right), ("left", spectrum.left)):
+        if test is not None:
+            tested = not bool(test.p_values.isnan().all())
+            columns[f"{side}_significant"] = test.significant if tested else None
+            columns[f"{side}_discoveries"] = int(test.discoveries().sum()) if tested else None
+            columns[f"{side}_plateau"] = test.plateau if tested else None
+    return columns
+
+
+def _note(matrix: WeightMatrix, spectrum: Spectrum, config: AnalysisConfig) -> str:
+    notes = []
+    if spectrum.s[0] == 0:
+        notes.append("all entries are zero")
+    for side, test in (("right", spectrum.right), ("left", spectrum.left)):
+        if test is not None:
+            notes += _test_note(side, test)
+    return "; ".join(notes)
+
+
+def _test_note(side: str, test: VectorTest) -> list[str]:
+    if test.entries < MIN_ENTRIES:
+        return [f"no {side} p-values: vectors of fewer than {MIN_ENTRIES} entries"]
+    untested = int(test.p_values.isnan().sum())
+    if untested:
+        return [f"{untested} {side} vectors not tested: their singular values are zero or degenerate"]
+    return []
+
+
+def _control_columns(control: Spectrum, random: torch.Tensor, config: AnalysisConfig) -> dict[str, Any]:
+    shape = (random.shape[0], random.shape[1])
+    sigma = sigma_of(config.sigma, control.s, shape, float(random.std(correction=0)))
+    law = MarchenkoPastur(*shape, sigma)
+    above, below = outliers(law, control.s)
+    columns = {
+        f"control_{key}": value for key, value in _vector_columns(control).items() if key.endswith("significant")
+    }
+    distance = law.distance(control.s) if sigma > 0 else None
+    return columns | {"control_n_above": above, "control_n_below": below, "control_mp_distance": distance}

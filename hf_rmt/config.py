@@ -1,0 +1,81 @@
+"""The settings of an analysis."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from hf_rmt.theory.controls import CONTROLS, Control
+from hf_rmt.theory.marchenko_pastur import SIGMA_RULES, SigmaRule, check_sigma
+
+Sides = Literal["both", "right", "left", "none"]
+#: Settings that say how the work is done and not what comes out.
+_EXECUTION = ("device", "workers", "progress", "strict")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisConfig:
+    """What to compute and how; each field is also a keyword of ``RMTAnalyzer.analyze``.
+
+    Attributes:
+        sides: whose singular vectors to test: ``"both"``, ``"right"``, ``"left"``, or ``"none"`` for
+            singular values alone, which takes half the time.
+        sigma: rule for the standard deviation of the law: ``"bulk"``, ``"empirical"``, ``"init"`` (see
+            ``theory.marchenko_pastur.sigma_of``), or a number.
+        rate: false-positive rate per matrix and edge of the Tracy-Widom thresholds.
+        control: ``"gaussian"`` or ``"shuffled"`` analyses a random matrix beside each one; None does not.
+        null_draws: number of Monte Carlo draws for the null of the KS statistic, as in the paper;
+            None uses the shipped table.
+        seed: of the control and the Monte Carlo draws.
+        device: where matrices are factored; None for where they are.
+        workers: matrices factored at a time on the CPU; None for as many as there are cores and memory.
+        progress: show a progress bar; None shows one on a terminal.
+        strict: raise on a matrix with NaN or Inf entries, instead of giving it an empty row.
+    """
+
+    sides: Sides = "both"
+    sigma: SigmaRule | float = "bulk"
+    rate: float = 0.01
+    control: Control | None = None
+    null_draws: int | None = None
+    seed: int = 0
+    device: str | None = None
+    workers: int | None = None
+    progress: bool | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sides not in get_args(Sides):
+            raise ValueError(f"sides is {self.sides!r}: give one of {', '.join(get_args(Sides))}")
+        if self.sigma not in SIGMA_RULES:
+            check_sigma(self.sigma)
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate is {self.rate!r}: a false-positive rate lies between 0 and 1")
+        if self.control is not None and self.control not in CONTROLS:
+            raise ValueError(f"control is {self.control!r}: give one of {', '.join(CONTROLS)}, or None")
+        if self.null_draws is not None and self.null_draws < 100:
+            raise ValueError(f"null_draws is {self.null_draws!r}: at least 100 draws make a null")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is {self.workers!r}: give at least 1, or None")
+
+    @classmethod
+    def of(cls, config: AnalysisConfig | None, options: dict[str, Any]) -> AnalysisConfig:
+        """A configuration with some fields replaced; an unknown field raises a TypeError that lists them."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise TypeError(f"analyze() has no option {', '.join(unknown)}; there are {', '.join(known)}")
+        return cls(**{**(asdict(config) if config else {}), **options})
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the numbers; two runs that share them give the same report."""
+        return {key: value for key, value in asdict(self).items() if key not in _EXECUTION}
+
+    @property
+    def right(self) -> bool:
+        """Whether right singular vectors are tested."""
+        return self.sides in ("both", "right")
+
+    @property
+    def left(self) -> bool:
+        """Whether left singular vectors are tested."""
+        return self.sides in ("both", "left")

@@ -1,0 +1,1 @@
+"""Where matrices live: models in memory, checkpoints on disk."""

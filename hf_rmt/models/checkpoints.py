@@ -1,0 +1,312 @@
+"""Matrices of a checkpoint on disk, read lazily, without building the model.
+
+The architecture is laid out on the meta device (no memory, no values), so a checkpoint has the same
+matrices under the same names as the live model; transformers' own table of renamings and
+conversions says which tensors on disk make up which parameter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_rmt.models.matrices import Discovery, Load, WeightMatrix
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file or tensor and the remedy."""
+
+
+class SafetensorsFolder:
+    """The tensors of a folder of safetensors files, one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = self._files_by_tensor()
+        self._check_headers()
+
+    def _files_by_tensor(self) -> dict[str, str]:
+        index = self.folder / _INDEX
+        if index.is_file():
+            return self._read_index(index)
+        if (self.folder / _SINGLE).is_file():
+            with self._open(_SINGLE) as file:
+                return dict.fromkeys(file.keys(), _SINGLE)
+        pickled = [name for name in _PICKLED if (self.folder / name).exists()]
+        if pickled:
+            raise CheckpointError(
+                f"{self.folder / pickled[0]} is pickled, and loading a pickle runs whatever code is in it; if you "
+                "trust its source, load the model with transformers and write it again with save_pretrained"
+            )
+        raise CheckpointError(f"{self.folder} holds neither {_SINGLE} nor {_INDEX}")
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        try:
+            files = json.loads(index.read_text())["weight_map"]
+            assert all(isinstance(name, str) for name in files.values())
+        except (ValueError, KeyError, AttributeError, AssertionError, TypeError) as error:
+            raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+        for name in sorted(set(files.values())):
+            path = PurePosixPath(name.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts or ":" in name:
+                raise CheckpointError(f"{index} points outside its folder, to {name!r}; refused")
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"{self.folder / name} is missing, and {index.name} lists it: copy it there")
+        return files
+
+    def _check_headers(self) -> None:
+        """Every tensor of the index is in the file that it names, before any work is done."""
+        by_file: dict[str, set[str]] = defaultdict(set)
+        for tensor, name in self.files.items():
+            by_file[name].add(tensor)
+        for name, tensors in by_file.items():
+            with self._open(name) as file:
+                missing = sorted(tensors - set(file.keys()))
+            if missing:
+                raise CheckpointError(
+                    f"{self.folder / name} does not hold {missing[0]} ({len(missing)} tensors in all), which the index "
+                    "puts there: index and shards are of different checkpoints"
+                )
+
+    def _open(self, name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / name
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
+
+    def read(self, tensor: str) -> torch.Tensor:
+        """One tensor, from a file opened and closed again, so that its pages can leave memory."""
+        with self._open(self.files[tensor]) as file:
+            return file.get_tensor(tensor)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What on disk makes up one parameter: tensors by the pattern that matched them, in order."""
+
+    tensors: dict[str, list[str]]
+    converter: Any  # transformers' WeightConverter, None where the tensor is taken as it is
+
+
+class Checkpoint:
+    """A checkpoint folder: its configuration, its tensors, and how they map to parameters."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.tensors = SafetensorsFolder(self.folder)
+        self.skeleton = _skeleton(self.folder)
+        self.sources = self._sources()
+
+    def matrices(self) -> list[WeightMatrix]:
+        """Every matrix of the checkpoint that has values on disk.
+
+        What lies outside the blocks (a head, a pooler) may have none: transformers initialises it.
+
+        Raises:
+            CheckpointError: a matrix of a block has none.
+        """
+        found = Discovery(self.skeleton, self._loader).matrices()
+        missing = [matrix for matrix in found if matrix.parameter not in self.sources]
+        if lost := [matrix for matrix in missing if matrix.block is not None]:
+            raise CheckpointError(
+                f"{self.folder} has no tensor for {lost[0].parameter} ({len(lost)} matrices in all): a shard is "
+                "missing, or config.json belongs to another model"
+            )
+        return [matrix for matrix in found if matrix.parameter in self.sources]
+
+    def _loader(self, module: nn.Module, name: str, full: str) -> Load:
+        return CheckpointParameter(self, full, tuple(getattr(module, name).shape))
+
+    def _sources(self) -> dict[str, _Source]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        conversions = get_model_conversion_mapping(self.skeleton)
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        state = self.skeleton.state_dict()
+        prefix = self.skeleton.base_model_prefix
+        sources: dict[str, _Source] = {}
+        for key in sorted(self.tensors.files, key=dot_natural_key):
+            target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if target not in state and key in state:  # as transformers does: not meant to be renamed
+                target, pattern = rename_source_key(key, [], [], prefix, state)
+            converter = by_pattern.get(pattern) if pattern else None
+            source = sources.setdefault(target, _Source({}, converter))
+            source.tensors.setdefault(pattern or "", []).append(key)
+            for other in _further_targets(target, converter):
+                sources[other] = source
+        return self._with_tied(sources)
+
+    def _with_tied(self, sources: dict[str, _Source]) -> dict[str, _Source]:
+        """A tied parameter is on disk once, under either of its names."""
+        tied = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
+        for one, other in tied.items():
+            for target, known in ((one, other), (other, one)):
+                if target not in sources and known in sources:
+                    sources[target] = sources[known]
+        return sources
+
+
+def _further_targets(target: str, converter: Any) -> list[str]:
+    """Where one tensor is cut into several parameters, the ones after the first."""
+    if converter is None or len(converter.target_patterns) < 2:
+        return []
+    first, *others = converter.target_patterns
+    return [target.replace(first, other, 1) for other in others]
+
+
+class CheckpointParameter:
+    """Reads one parameter of the model from the tensors that make it up."""
+
+    def __init__(self, checkpoint: Checkpoint, full: str, shape: tuple[int, ...]):
+        self.checkpoint = checkpoint
+        self.full = full
+        self.shape = shape
+
+    def __call__(self, expert: int | None = None) -> torch.Tensor:
+        """The parameter, or one expert of a stacked one."""
+        source = self.checkpoint.sources[self.full]
+        if source.converter is None:
+            weight = self._checked(self.checkpoint.tensors.read(source.tensors[""][0]), self.shape)
+        elif expert is not None and _expert_by_expert(source, self.shape[0]):
+            one = {pattern: [keys[expert]] for pattern, keys in source.tensors.items()}
+            return self._checked(self._converted(source.converter, one), (1, *self.shape[1:]))[0]
+        else:
+            weight = self._checked(self._converted(source.converter, source.tensors), self.shape)
+        return weight if expert is None else weight[expert]
+
+    def _checked(self, weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        if tuple(weight.shape) != shape:
+            raise CheckpointError(
+                f"{self.full} has shape {tuple(weight.shape)} on disk and {shape} by config.json: "
+                f"{self.checkpoint.folder} mixes files of two models"
+            )
+        return weight
+
+    def _converted(self, converter: Any, tensors: dict[str, list[str]]) -> torch.Tensor:
+        """Runs transformers' conversion of these tensors alone."""
+        read = self.checkpoint.tensors.read
+        collected: dict[str, Any] = {pattern: [read(key) for key in keys] for pattern, keys in tensors.items()}
+        skeleton = self.checkpoint.skeleton
+        for operation in converter.operations:
+            collected = operation.convert(
+                collected,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=self.full,
+                model=skeleton,
+                config=skeleton.config,
+                missing_keys=None,
+            )
+        matching = [value for pattern, value in collected.items() if pattern.replace("*.", "") in self.full]
+        result = matching[0] if matching else next(iter(collected.values()))
+        return result[0] if isinstance(result, list) else result
+
+
+def _expert_by_expert(source: _Source, experts: int) -> bool:
+    """Whether the conversion stacks one tensor an expert and never mixes experts afterwards.
+
+    Then one expert can be read alone, a hundredth of the bytes of the stack.
+    """
+    first, *rest = source.converter.operations
+    return (
+        type(first).__name__ == "MergeModulelist"
+        and first.dim == 0
+        and all(len(keys) == experts for keys in source.tensors.values())
+        and all(type(op).__name__ == "Concatenate" and op.dim > 0 for op in rest)
+    )
+
+
+def _skeleton(folder: Path) -> Any:
+    """The checkpoint's model on the meta device: layout and names, no values."""
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json, which says what the tensors are: save the model with save_pretrained"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} names no model type that transformers knows: {error}"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"{folder} holds packed weights (quantization_config in its config.json): load the model and analyse that; "
+            "it is dequantised where its library can"
+        )
+    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
+    cls = next((c for c in named if c is not None), None)
+    with torch.device("meta"):
+        if cls is not None:
+            return cls._from_config(config)
+        return transformers.AutoModel.from_config(config)
+
+
+def locate(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a checkpoint, fetched from the Hub if it is not a local one.
+
+    Only JSON and safetensors files are fetched, and only those that the index lists.
+
+    Returns:
+        The folder and, for the Hub, the commit it was fetched at.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be reached.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder, None
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file: give the folder that holds it and its config.json")
+    return _from_hub(str(source), revision)
+
+
+def _from_hub(repo: str, revision: str | None) -> tuple[Path, str | None]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        config = hf_hub_download(repo, "config.json", revision=revision)
+        commit = Path(config).parent.name  # the cache keeps each commit in a folder of its own
+        try:
+            index = Path(hf_hub_download(repo, _INDEX, revision=commit))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            hf_hub_download(repo, _SINGLE, revision=commit)
+        else:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            for shard in shards:
+                hf_hub_download(repo, shard, revision=commit)
+        return Path(config).parent, commit
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo!r} is neither a folder nor the id of a repository on the Hub") from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo!r} is not a folder, and the Hub gives no {_SINGLE} or config.json for it: {_one_line(error)}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{repo!r} is not a folder, and cannot be had from the Hub: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

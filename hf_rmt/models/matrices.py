@@ -1,0 +1,303 @@
+"""``WeightMatrix``: one 2-D matrix wherever it lives, and how a model is taken apart into them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hf_rmt.models import fused, names
+
+#: Reads one parameter, or one expert of a stacked one, as it is stored.
+Load = Callable[[int | None], torch.Tensor]
+Kind = Literal["block", "embedding", "head"]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMatrix:
+    """One 2-D matrix of a model or checkpoint: what it is called, and how to read it.
+
+    Attributes:
+        name: path in the headless model without ``.weight``; ``[query]``, ``[expert=3]``,
+            ``[expert=3][gate]`` follow where one parameter holds several matrices.
+        parameter: full name of the parameter in the model it came from.
+        role: ``query``, ``key``, ``value``, ``attention.output``, ``intermediate``, ``output``,
+            ``gate``, with ``cross.`` in cross-attention; else the path below the block.
+        shape: ``(out_features, in_features)``.
+        dtype: as stored.
+        stack, block, expert, part: where in the model; None where there is no such thing.
+        kind: ``"block"`` for everything but embeddings and heads.
+    """
+
+    name: str
+    parameter: str
+    role: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    load: Load
+    stack: str | None = None
+    block: int | None = None
+    expert: int | None = None
+    part: str | None = None
+    kind: Kind = "block"
+    transposed: bool = False
+    rows: fused.Rows | None = None
+
+    def read(self) -> torch.Tensor:
+        """The ``(out, in)`` matrix in its own dtype, on its own device; a view where it can be.
+
+        Raises:
+            ValueError: the weight is on meta, packed, or not floating point, named with a remedy.
+            OSError: the file behind it cannot be read.
+        """
+        weight = self.load(self.expert)
+        if self.transposed:
+            weight = weight.mT
+        if self.rows is not None:
+            weight = weight[self.rows]
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(
+                f"{self.name}: expected shape {self.shape}, found {tuple(weight.shape)}; "
+                "the weight was packed or replaced since the model was discovered"
+            )
+        return weight
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter that holds matrices, before it is cut into them."""
+
+    path: str  # of the module that owns it, relative to the model
+    name: str  # of the parameter within the module
+    module: nn.Module
+    tensor: torch.Tensor
+
+    @property
+    def full(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+class Discovery:
+    """Takes a model apart. ``loader`` says how each parameter is read; see ``live`` and ``checkpoints``."""
+
+    def __init__(self, model: nn.Module, loader: Callable[[nn.Module, str, str], Load]):
+        self.model = model
+        self.loader = loader
+        prefix = getattr(model, "base_model_prefix", "")
+        base = getattr(model, prefix, None) if prefix else None
+        #: Set only for a model that holds a headless one; everything outside that is head.
+        self.base_prefix = prefix if isinstance(base, nn.Module) and base is not model else ""
+        self.blocks = _BlockNumbers(model)
+
+    def matrices(self) -> list[WeightMatrix]:
+        """Every matrix of the model in the order of its modules, embeddings and heads included."""
+        found = [matrix for parameter in _parameters(self.model) for matrix in self._cut(parameter)]
+        stacks = {matrix.stack for matrix in found if matrix.block is not None}
+        if len(stacks) < 2:  # a model of one stack needs no word for it
+            found = [replace(matrix, stack=None) for matrix in found]
+        return found
+
+    def _cut(self, parameter: _Parameter) -> Iterator[WeightMatrix]:
+        transposed, stacked = _layout(parameter)
+        shape = tuple(parameter.tensor.shape[-2:])
+        whole_shape = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+        leaf = names.plain_path(parameter.path if parameter.name == "weight" else parameter.full).rpartition(".")[2]
+        config = self._config_of(parameter.path)
+        whole = self._whole(parameter, whole_shape, transposed)
+        if stacked:
+            parts = fused.expert_parts(leaf, whole_shape[0], not getattr(parameter.module, "is_concatenated", True))
+            experts: Iterable[int | None] = range(parameter.tensor.shape[0])
+        else:
+            parts = fused.fused_parts(leaf, whole_shape[0], config)
+            experts = (None,)
+        for expert in experts:
+            one = whole if expert is None else replace(whole, name=f"{whole.name}[expert={expert}]", expert=expert)
+            yield from _split(one, parts)
+
+    def _whole(self, parameter: _Parameter, shape: tuple[int, int], transposed: bool) -> WeightMatrix:
+        name = names.canonical_name(parameter.full, self.base_prefix)
+        block = self.blocks.number(parameter.path)
+        return WeightMatrix(
+            name=name,
+            parameter=names.plain_path(parameter.full),
+            role=names.role_of(name),
+            shape=shape,
+            dtype=parameter.tensor.dtype,
+            load=self.loader(parameter.module, parameter.name, parameter.full),
+            stack=names.stack_of(name) if block is not None else None,
+            block=block,
+            kind=self._kind(parameter),
+            transposed=transposed,
+        )
+
+    def _kind(self, parameter: _Parameter) -> Kind:
+        if isinstance(parameter.module, nn.Embedding):
+            return "embedding"
+        outside = bool(self.base_prefix) and not parameter.path.startswith(self.base_prefix + ".")
+        getter = getattr(self.model, "get_output_embeddings", None)
+        return "head" if outside or (getter and getter() is parameter.module) else "block"
+
+    def _config_of(self, path: str) -> Any:
+        """Configuration of the nearest module at or above ``path`` that has one."""
+        while path:
+            config = getattr(self.model.get_submodule(path), "config", None)
+            if config is not None and not isinstance(config, dict):
+                return config
+            path = path.rpartition(".")[0]
+        return getattr(self.model, "config", None)
+
+
+def _split(matrix: WeightMatrix, parts: fused.Parts | None) -> Iterator[WeightMatrix]:
+    if parts is None:
+        yield matrix
+        return
+    for part, rows in parts.items():
+        count = len(range(*rows.indices(matrix.shape[0]))) if isinstance(rows, slice) else len(rows)
+        yield replace(
+            matrix,
+            name=f"{matrix.name}[{part}]",
+            role=names.role_of(matrix.name.partition("[")[0], part),
+            shape=(count, matrix.shape[1]),
+            part=part,
+            rows=rows,
+        )
+
+
+def _parameters(model: nn.Module) -> Iterator[_Parameter]:
+    """Parameters that hold matrices, by the module that owns them, tied ones once.
+
+    Never by number of dimensions alone: class tokens and convolutions are 3-D too.
+    """
+    seen: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=True):
+        if _inside_adapter(path):
+            continue
+        for name, tensor in module.named_parameters(recurse=False):
+            if id(tensor) not in seen and _holds_matrices(module, name, tensor):
+                seen.add(id(tensor))
+                yield _Parameter(path, name, module, tensor)
+
+
+def _inside_adapter(path: str) -> bool:
+    """Adapter matrices are read as part of the matrix they adapt, never on their own."""
+    return any(piece.startswith(("lora_", "modules_to_save_original")) for piece in path.split("."))
+
+
+def _holds_matrices(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
+    kind = type(module).__name__
+    if isinstance(module, (nn.Linear, nn.Embedding)) or _is_conv1d(module):
+        return name == "weight" and tensor.numel() > 0
+    if tensor.ndim == 3:
+        return "expert" in kind.lower() and "bias" not in name
+    if isinstance(module, nn.MultiheadAttention):
+        return name == "in_proj_weight"
+    # Routers and the like: a weight of their own that goes through torch's functional linear.
+    return tensor.ndim == 2 and name == "weight" and "norm" not in kind.lower()
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, recognised by what it is so that transformers need not be imported."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _layout(parameter: _Parameter) -> tuple[bool, bool]:
+    """Whether the parameter is stored ``(in, out)``, and whether it is a stack of experts."""
+    stacked = parameter.tensor.ndim == 3
+    turned = _is_conv1d(parameter.module) or isinstance(parameter.module, nn.Embedding)
+    if stacked:
+        turned = getattr(parameter.module, "is_transposed", type(parameter.module).__name__ == "Llama4TextExperts")
+    return turned, stacked
+
+
+class _BlockNumbers:
+    """Which transformer block a path lies in.
+
+    The first index of the path, except in models of several stages (Swin), whose blocks are
+    numbered through.
+    """
+
+    _NESTED = ("blocks", "layers", "layer", "block")
+
+    def __init__(self, model: nn.Module):
+        self.offsets: dict[str, int] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and not any(piece.isdigit() for piece in path.split(".")):
+                self._number_stages(path, module)
+
+    def _number_stages(self, path: str, stages: nn.ModuleList) -> None:
+        blocks = 0
+        offsets = {}
+        for i, stage in enumerate(stages):
+            nested = next(
+                ((name, child) for name, child in stage.named_children() if self._is_list_of_blocks(name, child)), None
+            )
+            if nested is None:
+                return
+            offsets[f"{path}.{i}.{nested[0]}"] = blocks
+            blocks += len(nested[1])  # type: ignore[arg-type]
+        self.offsets.update(offsets)
+
+    def _is_list_of_blocks(self, name: str, module: nn.Module) -> bool:
+        """T5's ``layer`` lists the parts of one block, which are of different classes."""
+        return name in self._NESTED and isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
+
+    def number(self, path: str) -> int | None:
+        pieces = path.split(".")
+        indices = [i for i, piece in enumerate(pieces) if piece.isdigit()]
+        if not indices:
+            return None
+        if len(indices) > 1:
+            offset = self.offsets.get(".".join(pieces[: indices[1]]))
+            if offset is not None:
+                return offset + int(pieces[indices[1]])
+        return int(pieces[indices[0]])
+
+
+def select(
+    matrices: list[WeightMatrix],
+    roles: str | Collection[str] | None = None,
+    blocks: int | Collection[int] | None = None,
+) -> list[WeightMatrix]:
+    """The matrices of these roles and blocks.
+
+    Args:
+        matrices: what to choose from.
+        roles: roles or matrix names, as they are or as fnmatch patterns (``"*.output"``,
+            ``"encoder.layer.0.*"``); None for all.
+        blocks: block numbers; None for all. Matrices outside any block are then left out.
+
+    Raises:
+        ValueError: nothing matches; the message lists the roles or blocks there are.
+    """
+    chosen = matrices
+    if roles is not None:
+        patterns = [roles] if isinstance(roles, str) else list(roles)
+        for pattern in patterns:
+            if not any(_matches(matrix, pattern) for matrix in matrices):
+                there = ", ".join(sorted({matrix.role for matrix in matrices}))
+                raise ValueError(f"no role or name matches {pattern!r}; the roles are {there}")
+        chosen = [m for m in chosen if any(_matches(m, pattern) for pattern in patterns)]
+    if blocks is not None:
+        wanted = {blocks} if isinstance(blocks, int) else set(blocks)
+        numbers = sorted({m.block for m in matrices if m.block is not None})
+        if unknown := wanted - set(numbers):
+            raise ValueError(f"no block {sorted(unknown)}; the blocks are {_ranges(numbers)}")
+        chosen = [m for m in chosen if m.block in wanted]
+    if not chosen:
+        raise ValueError(f"no matrix has both a role in {roles!r} and a block in {blocks!r}")
+    return chosen
+
+
+def _matches(matrix: WeightMatrix, pattern: str) -> bool:
+    """A name with brackets is compared literally first: to fnmatch they are a set of characters."""
+    return any(text == pattern or fnmatch.fnmatchcase(text, pattern) for text in (matrix.role, matrix.name))
+
+
+def _ranges(numbers: list[int]) -> str:
+    if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers)) or "none"

@@ -1,0 +1,1 @@
+"""Frozen results: tables, files, pictures."""

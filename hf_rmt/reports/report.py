@@ -1,0 +1,150 @@
+"""``AnalysisReport``: the frozen result of an analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_rmt.reports import store
+from hf_rmt.reports.columns import COLUMNS, CONTROL_COLUMNS, LABELS
+from hf_rmt.reports.result import MatrixResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_INTEGERS = ("block", "expert", "rows", "cols")
+
+
+class AnalysisReport(Mapping[str, MatrixResult]):
+    """The analysis of the matrices of one model, by name; frozen.
+
+    Attributes:
+        settings: what decided the numbers: model, revision, versions, sigma rule, rate, seed, ...
+    """
+
+    def __init__(self, results: Iterable[MatrixResult], settings: dict[str, Any]):
+        self._results = {result.name: result for result in results}
+        self.settings = settings
+
+    def __getitem__(self, name: str) -> MatrixResult:
+        """Result of one matrix, by its name, or by its path in a headed model.
+
+        Raises:
+            KeyError: no such matrix; the message names the nearest ones.
+        """
+        name = name.removesuffix(".weight")
+        if name in self._results:
+            return self._results[name]
+        ends = [known for known in self._results if name.endswith(f".{known}")]
+        if len(ends) == 1:
+            return self._results[ends[0]]
+        import difflib
+
+        near = difflib.get_close_matches(name, self._results, 3, 0.3)
+        raise KeyError(f"no matrix {name!r} in this report of {len(self)}; the nearest are {', '.join(near) or 'none'}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __repr__(self) -> str:
+        model, sigma = self.settings.get("model"), self.settings.get("sigma")
+        return f"AnalysisReport({model!r}, {len(self)} matrices, sigma={sigma!r})"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a matrix; the columns are those of ``reports.columns``, explained in docs/columns.md."""
+        import pandas as pd
+
+        columns = list(COLUMNS) + (list(CONTROL_COLUMNS) if self.settings.get("control") else [])
+        table = pd.DataFrame([result.row for result in self._results.values()], columns=columns)
+        counts = [column for column in columns if "n_above" in column or "n_below" in column or "discoveries" in column]
+        for column in (*_INTEGERS, *counts):
+            table[column] = table[column].astype("Int64")
+        for column in table.columns.difference([*LABELS, *_INTEGERS, *counts]):
+            table[column] = table[column].astype("float64")
+        return table
+
+    def by_role(self) -> pd.DataFrame:
+        """Mean and spread over blocks, one row a role, in the order of the model.
+
+        The experts of a block are averaged first. Columns are pairs: ``("n_above", "mean")``,
+        ``("n_above", "std")``, and ``("blocks", "count")``; the standard deviation is that between
+        blocks, empty where there is one.
+        """
+        import pandas as pd
+
+        table = self.to_pandas()
+        numbers = [c for c in table.columns if c not in LABELS and c not in _INTEGERS]
+        table["stack"] = table["stack"].fillna("")
+        keys = ["stack", "role"] if table["stack"].any() else ["role"]
+        table[numbers] = table[numbers].astype("float64")
+        per_block = table.groupby([*keys, "block"], sort=False, dropna=False)[numbers].mean()
+        grouped = per_block.groupby(level=keys, sort=False)
+        result = grouped.agg(["mean", "std"])
+        result.insert(0, ("blocks", "count"), grouped.size())
+        assert isinstance(result, pd.DataFrame)
+        return result
+
+    def by_block(self, column: str) -> pd.DataFrame:
+        """One column of the table with a row a block and a column a role, averaged over experts."""
+        table = self.to_pandas()
+        if column not in table or column in LABELS:
+            raise ValueError(f"{column!r} is not a number of the table; see docs/columns.md")
+        table = table[table["block"].notna()]
+        table[column] = table[column].astype("float64")
+        table["stack"] = table["stack"].fillna("")
+        rows = ["stack", "block"] if table["stack"].any() else ["block"]
+        order = list(dict.fromkeys(table["role"]))
+        return table.pivot_table(index=rows, columns="role", values=column, aggfunc="mean")[order]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``table.parquet``, ``arrays.safetensors`` and ``report.json``, all or nothing.
+
+        A report that lies there already is replaced.
+
+        Raises:
+            OSError: the folder cannot be written; nothing is left behind.
+        """
+        folder = Path(folder)
+        with store.staged(folder) as stage:
+            self.to_pandas().to_parquet(stage / "table.parquet", index=False)
+            tensors = {
+                f"{index}/{key}": tensor
+                for index, result in enumerate(self._results.values())
+                for key, tensor in result.tensors().items()
+            }
+            descriptions = {str(i): result.description() for i, result in enumerate(self._results.values())}
+            store.save_tensors(stage / "arrays.safetensors", tensors, descriptions)
+            store.write_manifest(stage, {"format": 1, "settings": self.settings, "matrices": list(self)})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AnalysisReport:
+        """Read a report that ``save`` wrote.
+
+        Raises:
+            ValueError: there is none, or it is damaged; the message names the file.
+        """
+        folder = Path(folder)
+        manifest = store.read_manifest(folder)
+        tensors, descriptions = store.load_tensors(store.current(folder, "arrays.safetensors"))
+        grouped: dict[str, dict[str, Any]] = {str(index): {} for index in range(len(manifest["matrices"]))}
+        for key, tensor in tensors.items():
+            index, _, rest = key.partition("/")
+            grouped[index][rest] = tensor
+        results = [MatrixResult.restore(arrays, descriptions[index]) for index, arrays in grouped.items()]
+        return cls(results, manifest["settings"])
+
+    def plot(self, folder: str | Path, matrix: str | None = None) -> list[Path]:
+        """Draw the paper's figures into a folder and return the files.
+
+        Args:
+            folder: made if it does not exist.
+            matrix: the one shown in the figures of a single matrix; by default the first query.
+        """
+        from hf_rmt.reports import plots
+
+        return plots.draw_all(self, Path(folder), matrix)

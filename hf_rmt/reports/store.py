@@ -1,0 +1,179 @@
+"""Writing files so that nothing half-written is ever taken for whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_rmt.reports.result import MatrixResult
+
+_STAGE = ".incoming"
+_MANIFEST = "report.json"
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write a report's files to; they appear in ``folder`` together or not at all.
+
+    The manifest moves last: once it is in the stage the report is whole, and a reader who comes
+    before the rest has moved finds it with ``current``.
+    """
+    existed = folder.exists()
+    stage = folder / _STAGE
+    try:
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+        yield stage
+        for path in stage.iterdir():
+            _sync(path)
+        names = sorted((path.name for path in stage.iterdir()), key=lambda name: name == _MANIFEST)
+        for name in names:
+            os.replace(stage / name, folder / name)
+        stage.rmdir()
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def current(folder: Path, name: str) -> Path:
+    """Where a report's file is, also if the process died while its files moved into place."""
+    stage = folder / _STAGE
+    whole = (stage / _MANIFEST).is_file()
+    return stage / name if whole and (stage / name).is_file() else folder / name
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a finished report lies in this folder."""
+    return current(folder, _MANIFEST).is_file()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through a file beside it, so that the file is never half there."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    _sync(beside)
+    os.replace(beside, path)
+
+
+def write_manifest(stage: Path, value: Any) -> None:
+    """The last file of a staged report."""
+    write_json(stage / _MANIFEST, value)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a report.
+
+    Raises:
+        ValueError: no report, or not one of this library.
+    """
+    path = current(folder, _MANIFEST)
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no report: there is no {_MANIFEST} in it")
+    try:
+        manifest = json.loads(path.read_text())
+        assert manifest["format"] == 1
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} is not the manifest of a report of this version of hf_rmt") from error
+    return manifest
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Safetensors through a file beside it."""
+    from safetensors.torch import save_file
+
+    beside = path.with_name(path.name + ".part")
+    try:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, beside, metadata=metadata)
+        _sync(beside)
+        os.replace(beside, path)
+    except Exception as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: missing, truncated or another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+class PartialRun:
+    """Results of an unfinished analysis, one file a matrix, in ``folder/partial``."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        """Open or begin a run.
+
+        Raises:
+            ValueError: the folder belongs to another model or other settings.
+            OSError: it cannot be written.
+        """
+        self.folder = folder / "partial"
+        self.existed = folder.exists()
+        self.top = folder
+        run = self.folder / "run.json"
+        if run.is_file():
+            refuse_other(folder, json.loads(run.read_text()), identity)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(run, identity)
+
+    def path(self, index: int) -> Path:
+        """File of the matrix with this position in the analysis."""
+        return self.folder / f"{index:05d}.safetensors"
+
+    def write(self, index: int, result: MatrixResult) -> None:
+        """Keep a finished matrix."""
+        save_tensors(self.path(index), result.tensors(), {"description": result.description()})
+
+    def read(self, index: int) -> MatrixResult | None:
+        """A matrix finished earlier, None if it was not or its file is damaged."""
+        if not self.path(index).is_file():
+            return None
+        try:
+            tensors, metadata = load_tensors(self.path(index))
+            return MatrixResult.restore(tensors, metadata["description"])
+        except (ValueError, KeyError):
+            return None
+
+    def remove(self) -> None:
+        """Delete the partial results, once the report is saved."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def refuse_other(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise if what a folder was made for is not what is asked for now; say what differs."""
+    here = json.loads(json.dumps(here))
+    for key in here:
+        if there.get(key) != here[key]:
+            was, now = _short(there.get(key)), _short(here[key])
+            raise ValueError(f"{folder} belongs to another analysis: {key} was {was} and is {now}; give another folder")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 100 else text[:97] + "..."

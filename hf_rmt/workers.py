@@ -1,0 +1,80 @@
+"""Many matrices over the cores of one machine.
+
+Linear algebra on one matrix scales badly over threads, so each worker has one matrix and its share
+of the threads, longest matrices first. The caller's thread settings are put back afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_for(shapes: Sequence[tuple[int, int]]) -> int:
+    """How many matrices to factor at a time: one a core, if half of the free memory holds them all."""
+    import psutil
+
+    largest = max((working_bytes(*shape) for shape in shapes), default=1)
+    fits = int(psutil.virtual_memory().available / 2 // largest)
+    return max(1, min(cores(), len(shapes), fits))
+
+
+def working_bytes(rows: int, cols: int) -> int:
+    """Memory that factoring one matrix takes: itself and its vectors in float32, and the
+    Gram matrix, its eigenvectors and their workspace in float64."""
+    short = min(rows, cols)
+    return 8 * rows * cols + 5 * 8 * short * short
+
+
+def seconds_estimate(rows: int, cols: int) -> float:
+    """Cost of factoring a matrix relative to others: ``p^2 q`` with the constant of the eigensolver."""
+    short, long = min(rows, cols), max(rows, cols)
+    return short * short * (long + 4 * short)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Gives every linear-algebra library ``count`` threads for a while."""
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    with threadpool_limits(count):
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def run_longest_first(
+    tasks: Sequence[Task], work: Callable[[Task], Result], cost: Callable[[Task], float], workers: int
+) -> Iterator[tuple[Task, Result]]:
+    """Yields each task with its result as it finishes.
+
+    An exception of ``work``, or Ctrl-C, drops the tasks that have not begun and is raised once those
+    that have are done.
+    """
+    each = max(1, cores() // workers)
+    queue = sorted(tasks, key=cost, reverse=True)
+    with threads(each), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+        running: dict[Future[Result], Task] = {pool.submit(work, task): task for task in queue}
+        try:
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
