@@ -74,7 +74,8 @@ def run_longest_first(
         try:
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
+                # What finished is handed over before what failed is raised, so that nothing done is lost.
+                for future in sorted(done, key=lambda future: future.exception() is not None):
                     yield running.pop(future), future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

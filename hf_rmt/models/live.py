@@ -26,7 +26,7 @@ def matrices_of(model: nn.Module, adapters: bool = True) -> list[WeightMatrix]:
         return LiveParameter(base, module, name, full, adapters)
 
     base = unwrap(model)
-    return Discovery(base, loader).matrices()
+    return [m for m in Discovery(base, loader).matrices() if _is_in_use(base, m.load.full, adapters)]  # type: ignore[attr-defined]
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -86,6 +86,19 @@ class LiveParameter:
         else:
             layer.merge()
         return self._plain(inner)
+
+
+def _is_in_use(model: nn.Module, full: str, adapters: bool) -> bool:
+    """Of a module that peft trains whole, the copy that computes now, or the original."""
+    for marker in (".original_module.", ".modules_to_save."):
+        path, found, rest = full.rpartition(marker)
+        if found:
+            wrapper: Any = model.get_submodule(path)
+            trained = adapters and not wrapper.disable_adapters and bool(wrapper.active_adapters)
+            if marker == ".original_module.":
+                return not trained
+            return trained and rest.partition(".")[0] == wrapper.active_adapters[0]
+    return True
 
 
 def _tuner_around(model: nn.Module, full: str) -> nn.Module | None:

@@ -103,8 +103,7 @@ class Discovery:
 
     def _cut(self, parameter: _Parameter) -> Iterator[WeightMatrix]:
         transposed, stacked = _layout(parameter)
-        shape = tuple(parameter.tensor.shape[-2:])
-        whole_shape = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+        whole_shape = _shape(parameter, transposed)
         leaf = names.plain_path(parameter.path if parameter.name == "weight" else parameter.full).rpartition(".")[2]
         config = self._config_of(parameter.path)
         whole = self._whole(parameter, whole_shape, transposed)
@@ -173,18 +172,16 @@ def _parameters(model: nn.Module) -> Iterator[_Parameter]:
     Never by number of dimensions alone: class tokens and convolutions are 3-D too.
     """
     seen: set[int] = set()
+    tuner = ""
     for path, module in model.named_modules(remove_duplicate=True):
-        if _inside_adapter(path):
-            continue
+        if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
+            tuner = f"{path}."
+        if tuner and path.startswith(tuner) and not path.startswith(f"{tuner}base_layer"):
+            continue  # an adapter's own matrices are read as part of the matrix they adapt
         for name, tensor in module.named_parameters(recurse=False):
             if id(tensor) not in seen and _holds_matrices(module, name, tensor):
                 seen.add(id(tensor))
                 yield _Parameter(path, name, module, tensor)
-
-
-def _inside_adapter(path: str) -> bool:
-    """Adapter matrices are read as part of the matrix they adapt, never on their own."""
-    return any(piece.startswith(("lora_", "modules_to_save_original")) for piece in path.split("."))
 
 
 def _holds_matrices(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
@@ -211,6 +208,14 @@ def _layout(parameter: _Parameter) -> tuple[bool, bool]:
     if stacked:
         turned = getattr(parameter.module, "is_transposed", type(parameter.module).__name__ == "Llama4TextExperts")
     return turned, stacked
+
+
+def _shape(parameter: _Parameter, transposed: bool) -> tuple[int, int]:
+    """``(out, in)``; a linear layer knows it also where its weight is packed."""
+    if isinstance(parameter.module, nn.Linear):
+        return parameter.module.out_features, parameter.module.in_features
+    first, second = parameter.tensor.shape[-2:]
+    return (second, first) if transposed else (first, second)
 
 
 class _BlockNumbers:

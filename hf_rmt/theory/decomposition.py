@@ -15,7 +15,7 @@ half the time of torch's MKL for ``W^T W`` (it sees the symmetry) and two thirds
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ import torch
 #: Singular values below this share of the largest are refined on the Gram route: there ``eps cond^2``
 #: would pass 1e-10.
 _REFINE_BELOW = 1e-3
+#: Values alone need no more than 1e-6, and no vector has to stay orthogonal: 1e-8 at this share.
+_VALUES_REFINE_BELOW = 1e-4
 #: Above this share of values to refine, a full SVD is cheaper.
 _REFINE_AT_MOST = 0.25
 #: Shorter sides up to this go through a full SVD: no time to gain.
@@ -58,7 +60,7 @@ def determined(s: torch.Tensor, longest: int) -> torch.Tensor:
 
     Their vectors are arbitrary within a subspace, so no statistic of them means anything.
     """
-    tolerance = s[0] * longest * torch.finfo(torch.float64).eps
+    tolerance = _rank_tolerance(s, longest)
     gaps = torch.nn.functional.pad(-s.diff(), (1, 1), value=float("inf"))
     return (s > tolerance) & (gaps[1:] > tolerance) & (gaps[:-1] > tolerance)
 
@@ -80,26 +82,40 @@ def svd(weight: torch.Tensor, dtype: torch.dtype = torch.float64) -> SVDFactors:
     weight = _working_copy(weight)
     if weight.shape[0] < weight.shape[1]:
         tall = _svd_tall(weight.mT, dtype)
-        return SVDFactors(tall.vh.mT, tall.s, tall.u.mT, tall.route)
-    return _svd_tall(weight, dtype)
+        return SVDFactors(tall.vh.mT, _exact_zeros(tall.s, weight), tall.u.mT, tall.route)
+    tall = _svd_tall(weight, dtype)
+    return replace(tall, s=_exact_zeros(tall.s, weight))
 
 
 def singular_values(weight: torch.Tensor) -> torch.Tensor:
-    """Singular values of one matrix, ``(p,)``, float64, descending; as ``svd`` without vectors.
+    """Singular values of one matrix, ``(p,)``, float64, descending, right to 1e-7 relative.
 
-    Vectors are computed only where the small end has to be refined.
+    As ``svd`` without vectors, which are computed only where the small end has to be refined.
     """
     weight = _working_copy(weight)
     tall = weight.mT if weight.shape[0] < weight.shape[1] else weight
+    return _exact_zeros(_values_tall(tall), weight)
+
+
+def _values_tall(tall: torch.Tensor) -> torch.Tensor:
     if tall.shape[1] <= _SMALL:
         return _full(tall.double(), vectors=False)[1]
     eigenvalues = _eigvalsh(_gram(tall)).flip(0).clamp_min(0)
     s = eigenvalues.sqrt()
-    if s[0] == 0 or s[-1] >= _REFINE_BELOW * s[0]:
+    if s[0] > 0 and s[-1] >= _VALUES_REFINE_BELOW * s[0]:
         return s
     if int((s < _REFINE_BELOW * s[0]).sum()) > _REFINE_AT_MOST * len(s):
         return _full(tall.double(), vectors=False)[1]
     return _svd_tall(tall, torch.float32).s
+
+
+def _exact_zeros(s: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rounding noise below the numerical rank is written as the 0 that it stands for."""
+    return torch.where(s > _rank_tolerance(s, max(weight.shape)), s, 0.0)
+
+
+def _rank_tolerance(s: torch.Tensor, longest: int) -> torch.Tensor:
+    return s[0] * longest * torch.finfo(torch.float64).eps
 
 
 def _working_copy(weight: torch.Tensor) -> torch.Tensor:

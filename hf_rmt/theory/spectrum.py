@@ -57,13 +57,13 @@ def spacing_ratio(s: torch.Tensor) -> float:
 class PowerLaw(NamedTuple):
     """Fit of ``density(x) ~ x^-alpha`` to the eigenvalues ``x = s^2`` above ``x_min``.
 
-    ``distance`` is the one-sided KS distance that chose ``x_min``; ``count`` the values above it.
+    ``distance`` is the one-sided KS distance that chose ``x_min``; ``size`` the number of values from it on.
     """
 
     alpha: float
     x_min: float
     distance: float
-    count: int
+    size: int
 
 
 def power_law(s: torch.Tensor) -> PowerLaw:

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from hf_rmt.models.checkpoints import Checkpoint, CheckpointError, SafetensorsFolder, locate
+from hf_rmt.models.live import matrices_of
+
+
+def _facts(matrix):
+    return (
+        matrix.role,
+        matrix.stack,
+        matrix.block,
+        matrix.expert,
+        matrix.part,
+        matrix.kind,
+        matrix.shape,
+        matrix.dtype,
+    )
+
+
+FAMILIES = [
+    "bert", "bert_mlm", "bert_classifier", "llama", "gpt2", "vit", "mixtral", "gpt_oss", "t5", "phi3", "clip", "swin",
+    "falcon_new",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_names_and_numbers_as_the_live_model(family: str, make_model, tmp_path) -> None:
+    """Mixtral and ViT have other names on disk than in memory; Mixtral one tensor an expert."""
+    model = make_model(family)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    live = {m.name: m for m in matrices_of(model)}
+    disk = {m.name: m for m in Checkpoint(tmp_path).matrices()}
+    assert list(live) == list(disk)
+    for name, matrix in live.items():
+        assert _facts(matrix) == _facts(disk[name])
+        assert torch.equal(matrix.read(), disk[name].read()), name
+
+
+def test_names_on_disk_really_differ_for_mixtral(make_model, tmp_path) -> None:
+    make_model("mixtral").save_pretrained(tmp_path)
+    assert any("experts.2.w1.weight" in key for key in load_file(tmp_path / "model.safetensors"))
+
+
+def test_one_expert_is_read_without_the_others(make_model, tmp_path, monkeypatch) -> None:
+    make_model("mixtral").save_pretrained(tmp_path)
+    read = []
+    original = SafetensorsFolder.read
+    monkeypatch.setattr(SafetensorsFolder, "read", lambda self, key: read.append(key) or original(self, key))
+    matrix = next(m for m in Checkpoint(tmp_path).matrices() if m.expert == 1 and m.part == "gate")
+    matrix.read()
+    assert len(read) == 2 and all(".experts.1." in key for key in read)
+
+
+def test_a_headed_checkpoint_and_a_headless_model(make_model, tmp_path) -> None:
+    make_model("bert_mlm").save_pretrained(tmp_path)
+    headless = transformers.BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    live = {m.name: m.read() for m in matrices_of(headless) if m.kind == "block"}
+    disk = {m.name: m.read() for m in Checkpoint(tmp_path).matrices() if m.kind == "block"}
+    assert list(live) == list(disk)
+    assert all(torch.equal(live[name], disk[name]) for name in live)
+
+
+def test_a_headless_checkpoint_of_a_headed_architecture(make_model, tmp_path) -> None:
+    """The head has no values on disk and is left out; transformers would make it up."""
+    make_model("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["BertForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = [m.name for m in Checkpoint(tmp_path).matrices() if m.kind != "embedding"]
+    assert "classifier" not in names and "encoder.layer.0.output.dense" in names
+
+
+def test_tied_weights_are_found_once(make_model, tmp_path) -> None:
+    make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert "lm_head" not in [m.name for m in Checkpoint(tmp_path).matrices()]
+
+
+@pytest.fixture
+def sharded(make_model, tmp_path) -> Path:
+    make_model("llama").save_pretrained(tmp_path / "m", max_shard_size="100KB")
+    return tmp_path / "m"
+
+
+def _edit_index(folder: Path, change) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def test_missing_shard(sharded: Path) -> None:
+    victim = sorted(sharded.glob("model-*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=f"{victim.name} is missing"):
+        Checkpoint(sharded)
+
+
+def test_truncated_shard(sharded: Path) -> None:
+    victim = sorted(sharded.glob("model-*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{victim.name} is truncated"):
+        Checkpoint(sharded)
+
+
+def test_shards_of_different_checkpoints(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+    shutil.copy(first, second)
+    with pytest.raises(CheckpointError, match=f"{second.name} does not hold .*different checkpoints"):
+        Checkpoint(sharded)
+
+
+@pytest.mark.parametrize("where", ["../secret.safetensors", "/etc/secret.safetensors", "a/../../b.safetensors"])
+def test_an_index_that_points_outside_is_refused(sharded: Path, where: str) -> None:
+    _edit_index(sharded, lambda files: files.update({next(iter(files)): where}))
+    with pytest.raises(CheckpointError, match=r"points outside its folder, to .*refused"):
+        Checkpoint(sharded)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_is_none(sharded: Path, text: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is not an index"):
+        Checkpoint(sharded)
+
+
+def test_a_tensor_of_another_shape_is_named(make_model, tmp_path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = torch.zeros(3, 5)
+    save_file(tensors, path, metadata={"format": "pt"})
+    matrix = next(m for m in Checkpoint(tmp_path).matrices() if m.name == "layers.0.mlp.up_proj")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight has shape \(3, 5\).*\(128, 64\)"):
+        matrix.read()
+
+
+def test_a_missing_tensor_is_named(make_model, tmp_path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.0\.mlp\.up_proj\.weight"):
+        Checkpoint(tmp_path).matrices()
+
+
+def test_a_pickled_checkpoint_is_refused(make_model, tmp_path) -> None:
+    model = make_model("bert")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is pickled.*save_pretrained"):
+        Checkpoint(tmp_path)
+
+
+def test_a_packed_checkpoint_is_refused(make_model, tmp_path) -> None:
+    make_model("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"packed weights .*load the model"):
+        Checkpoint(tmp_path)
+
+
+def test_an_empty_folder_and_no_configuration(make_model, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        Checkpoint(tmp_path)
+    make_model("bert").save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        Checkpoint(tmp_path)
+
+
+def test_an_unknown_model_type(make_model, tmp_path) -> None:
+    make_model("bert").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_thing"}')
+    with pytest.raises(CheckpointError, match="names no model type that transformers knows"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "no-such-user-here/no-such-model", "a b"])
+def test_locate_says_what_is_wrong(source: str) -> None:
+    with pytest.raises(CheckpointError, match="folder"):
+        locate(source)
+
+
+def test_locate_a_file(tmp_path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="give the folder"):
+        locate(tmp_path / "model.safetensors")

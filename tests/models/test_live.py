@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_rmt.models.live import matrices_of
+
+QUERY = "encoder.layer.0.attention.self.query"
+
+
+def _matrix(model, name=QUERY, **options):
+    return next(m for m in matrices_of(model, **options) if m.name == name)
+
+
+def _peft(model, config):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name or "hada_" in name or "oft_" in name or "ia3_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    return adapted.eval()
+
+
+def _configs():
+    from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig
+
+    return {
+        "lora": LoraConfig(r=4, target_modules=["query", "value"]),
+        "dora": LoraConfig(r=4, target_modules=["query"], use_dora=True),
+        "loha": LoHaConfig(r=4, target_modules=["query"]),
+        "oft": OFTConfig(r=0, oft_block_size=16, target_modules=["query"]),
+        "ia3": IA3Config(target_modules=["query"], feedforward_modules=[]),
+    }
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "oft", "ia3"])
+def test_an_adapter_is_read_as_it_computes(kind: str, make_model) -> None:
+    base = make_model("bert")
+    before = base.encoder.layer[0].attention.self.query.weight.detach().clone()
+    adapted = _peft(base, _configs()[kind])
+    layer = adapted.base_model.model.encoder.layer[0].attention.self.query
+    with torch.no_grad():
+        bias = layer(torch.zeros(1, 64))
+        computed = (layer(torch.eye(64)) - bias).T
+    weight = _matrix(adapted).read()
+    torch.testing.assert_close(weight, computed, atol=1e-6, rtol=1e-5)
+    assert (weight - before).abs().max() > 1e-3
+    assert torch.equal(_matrix(adapted, adapters=False).read(), before)
+    assert torch.equal(layer.get_base_layer().weight, before), "reading must not merge the user's layer"
+    assert not layer.merged
+
+
+def test_names_do_not_know_of_adapters(make_model) -> None:
+    plain = [m.name for m in matrices_of(make_model("bert_classifier"))]
+    from peft import LoraConfig, TaskType
+
+    adapted = _peft(
+        make_model("bert_classifier"), LoraConfig(r=2, target_modules=["query"], task_type=TaskType.SEQ_CLS)
+    )
+    assert [m.name for m in matrices_of(adapted)] == plain
+    assert [m.name for m in matrices_of(adapted, adapters=False)] == plain
+    wrapper = adapted.base_model.model.classifier
+    wrapper.modules_to_save["default"].weight.data.zero_()
+    assert not _matrix(adapted, "classifier").read().any()
+    assert _matrix(adapted, "classifier", adapters=False).read().any()
+    with adapted.disable_adapter():
+        assert _matrix(adapted, "classifier").read().any()
+
+
+def test_merged_and_disabled_adapters(make_model) -> None:
+    from peft import LoraConfig
+
+    adapted = _peft(make_model("bert"), LoraConfig(r=4, target_modules=["query"]))
+    base = _matrix(adapted, adapters=False).read().clone()
+    whole = _matrix(adapted).read().clone()
+    with adapted.disable_adapter():
+        assert torch.equal(_matrix(adapted).read(), base)
+    adapted.merge_adapter()
+    torch.testing.assert_close(_matrix(adapted).read(), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(_matrix(adapted, adapters=False).read(), base, atol=1e-6, rtol=0)
+
+
+def test_an_adapter_on_half_precision_is_not_rounded(make_model) -> None:
+    from peft import LoraConfig
+
+    adapted = _peft(make_model("bert").to(torch.bfloat16), LoraConfig(r=4, target_modules=["query"]))
+    weight = _matrix(adapted).read()
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_meta_weights_are_refused(make_model) -> None:
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"encoder\.layer\.0.* meta device .*from_checkpoint"):
+        _matrix(model).read()
+
+
+def test_offloaded_weights_are_brought_in(make_model, tmp_path) -> None:
+    from accelerate import cpu_offload, disk_offload
+
+    expected = _matrix(make_model("bert")).read()
+    model = cpu_offload(make_model("bert"), execution_device=torch.device("cpu"))
+    assert model.encoder.layer[0].attention.self.query.weight.device.type == "meta"
+    assert torch.equal(_matrix(model).read(), expected)
+    on_disk = disk_offload(make_model("bert"), str(tmp_path), execution_device=torch.device("cpu"))
+    assert torch.equal(_matrix(on_disk).read(), expected)
+
+
+def test_integer_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"0\.weight holds torch\.int8.* dequantise"):
+        matrices_of(model)[0].read()
+
+
+def test_plain_float8_is_read_exactly() -> None:
+    model = nn.Sequential(nn.Linear(8, 8).to(torch.float8_e4m3fn))
+    weight = matrices_of(model)[0].read()
+    assert torch.equal(weight.float(), model[0].weight.float())
+
+
+def test_block_scaled_float8_is_dequantised() -> None:
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    layer = FP8Linear(64, 64, block_size=(32, 32))
+    layer.weight.data = torch.randn(64, 64).to(torch.float8_e4m3fn)
+    layer.weight_scale_inv.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    expected = layer.weight.float() * layer.weight_scale_inv.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    torch.testing.assert_close(matrices_of(nn.Sequential(layer))[0].read().float(), expected)
+
+
+def test_scaled_weights_of_unknown_format_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8).to(torch.float8_e4m3fn))
+    model[0].weight_scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="weight_scale, in a format unknown here"):
+        matrices_of(model)[0].read()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_is_dequantised(bits: int) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    original = nn.Linear(64, 64, bias=False)
+    layer = (
+        bnb.nn.Linear4bit(64, 64, bias=False)
+        if bits == 4
+        else bnb.nn.Linear8bitLt(64, 64, False, has_fp16_weights=False)
+    )
+    layer.load_state_dict(original.state_dict())
+    model = nn.Sequential(layer.to("cpu"))
+    model(torch.randn(2, 64))
+    matrix = matrices_of(model)[0]
+    assert matrix.shape == (64, 64)
+    weight = matrix.read().float()
+    assert (weight - original.weight).abs().max() < (0.03 if bits == 4 else 0.01)

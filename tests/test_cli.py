@@ -1,0 +1,113 @@
+"""The command line, as a process of its own where that matters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hf_rmt import AnalysisReport, __version__
+from hf_rmt.cli import cli
+
+
+def _run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hf_rmt", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        **options,
+    )
+
+
+@pytest.fixture
+def checkpoint(make_model, tmp_path) -> Path:
+    make_model("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
+    started = time.monotonic()
+    result = _run("--help")
+    assert result.returncode == 0 and "analyze" in result.stdout and "demo" in result.stdout
+    assert time.monotonic() - started < 5  # a second on an idle machine; the next line is the cause of it
+    code = "import sys, hf_rmt, hf_rmt.cli; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_analyze_writes_a_report_with_pictures(checkpoint: Path, tmp_path) -> None:
+    out = tmp_path / "out"
+    result = _run(
+        "analyze", str(checkpoint), "--out", str(out), "--role", "query", "--role", "*output", "--blocks", "0-1"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "attention.output" in result.stdout and str(out.name) in result.stdout
+    report = AnalysisReport.load(out)
+    assert {row for row in report.to_pandas()["role"]} == {"query", "attention.output", "output"}
+    assert list(out.glob("*.png"))
+    again = _run(
+        "analyze", str(checkpoint), "--out", str(out), "--role", "query", "--role", "*output", "--blocks", "0-1"
+    )
+    assert again.returncode == 0
+
+
+def test_options_reach_the_analysis(checkpoint: Path, tmp_path) -> None:
+    options = "--sides none --sigma 0.02 --rate 0.05 --control shuffled --seed 5 --head --no-plots --workers 1"
+    result = CliRunner().invoke(cli, ["analyze", str(checkpoint), "--out", str(tmp_path / "o"), *options.split()])
+    assert result.exit_code == 0, result.output
+    report = AnalysisReport.load(tmp_path / "o")
+    wanted = {"sides": "none", "sigma": 0.02, "rate": 0.05, "control": "shuffled", "seed": 5}
+    assert wanted.items() <= report.settings.items()
+    assert "lm_head" in report and not list((tmp_path / "o").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["analyze", "/no/such/model", "--out", "OUT"], "neither a folder nor the id"),
+        (["analyze", "MODEL", "--out", "OUT", "--role", "qery"], "no role or name matches 'qery'"),
+        (["analyze", "MODEL", "--out", "OUT", "--sigma", "bulky"], "sigma is 'bulky'"),
+        (["analyze", "MODEL", "--out", "OUT", "--blocks", "a-b"], "no list of blocks"),
+        (["analyze", "MODEL", "--out", "/proc/hf_rmt"], "/proc/hf_rmt"),
+        (["analyze", "MODEL"], "Missing option '--out'"),
+        (["analize"], "No such command"),
+    ],
+)
+def test_errors_are_one_line_and_2(arguments, message: str, checkpoint: Path, tmp_path) -> None:
+    places = {"MODEL": str(checkpoint), "OUT": str(tmp_path / "out")}
+    result = _run(*[places.get(argument, argument) for argument in arguments])
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1 and result.stderr.startswith("hf-rmt: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c(checkpoint: Path, tmp_path, monkeypatch, capsys) -> None:
+    import hf_rmt.analyzer
+    from hf_rmt import cli as module
+
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf_rmt.analyzer, "analyse_matrix", interrupt)
+    monkeypatch.setattr(sys, "argv", ["hf-rmt", "analyze", str(checkpoint), "--out", str(tmp_path / "o")])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2
+    assert "interrupted; the same command with the same --out goes on" in capsys.readouterr().err
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(cli, ["--version"]).output.strip().endswith(__version__)
+
+
+def test_demo(minilm, tmp_path) -> None:
+    """The table by role shows the outlier counts under all three rules for sigma."""
+    result = CliRunner().invoke(cli, ["demo", "--out", str(tmp_path / "demo"), "--no-plots"])
+    assert result.exit_code == 0, result.output
+    assert all(word in result.output for word in ("bulk", "empir.", "init", "query", "intermediate"))
+    assert len(AnalysisReport.load(tmp_path / "demo")) == 37
