@@ -29,12 +29,15 @@ class RMTAnalyzer:
         embeddings, head: analyse these too; they are no matrices between activations.
 
     Raises:
+        TypeError: not a model.
         ValueError: the model has no matrix.
     """
 
     def __init__(self, model: nn.Module, *, adapters: bool = True, embeddings: bool = False, head: bool = False):
         from hf_rmt.models.live import matrices_of, unwrap
 
+        if not hasattr(model, "named_modules"):
+            raise TypeError(f"RMTAnalyzer takes a model, not {model!r}; for a folder or Hub id use from_checkpoint")
         config = getattr(unwrap(model), "config", None)
         self._open(
             matrices_of(model, adapters),
@@ -173,7 +176,7 @@ class _Run:
         """Each matrix's result as it finishes."""
         config, matrices = self.config, self.matrices
         workers = config.workers or workers_for([matrices[index].shape for index in indices])
-        if config.device is not None and not config.device.startswith("cpu"):
+        if any(_on_accelerator(matrices[index], config) for index in indices):
             workers = 1  # one stream of work keeps an accelerator busy
         with _progress(config.progress, len(matrices), finished) as advance:
 
@@ -186,6 +189,11 @@ class _Run:
             for index, result in run_longest_first(list(indices), work, cost, workers):
                 advance(matrices[index].name, 1)
                 yield index, result
+
+
+def _on_accelerator(matrix: WeightMatrix, config: AnalysisConfig) -> bool:
+    kind = config.device.partition(":")[0] if config.device else matrix.device.type
+    return kind not in ("cpu", "meta", "mps")  # mps has no float64: its matrices are factored on the CPU
 
 
 def _digest(matrix: WeightMatrix) -> str:

@@ -28,7 +28,7 @@ class WeightMatrix:
         role: ``query``, ``key``, ``value``, ``attention.output``, ``intermediate``, ``output``,
             ``gate``, with ``cross.`` in cross-attention; else the path below the block.
         shape: ``(out_features, in_features)``.
-        dtype: as stored.
+        dtype, device: as stored; a matrix that is read from disk arrives on the CPU.
         stack, block, expert, part: where in the model; None where there is no such thing.
         kind: ``"block"`` for everything but embeddings and heads.
     """
@@ -38,6 +38,7 @@ class WeightMatrix:
     role: str
     shape: tuple[int, int]
     dtype: torch.dtype
+    device: torch.device
     load: Load
     stack: str | None = None
     block: int | None = None
@@ -126,6 +127,7 @@ class Discovery:
             role=names.role_of(name),
             shape=shape,
             dtype=parameter.tensor.dtype,
+            device=parameter.tensor.device,
             load=self.loader(parameter.module, parameter.name, parameter.full),
             stack=names.stack_of(name) if block is not None else None,
             block=block,

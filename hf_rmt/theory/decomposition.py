@@ -6,20 +6,19 @@ Routes, chosen by shape, conditioning and device:
   other side. A singular value comes out with a relative error of ``eps cond^2``, so the small end,
   where that is no good, is refined: its columns of B, freed of the large ones, go through an SVD of
   their own, which leaves ``eps cond``, the error of a full float64 SVD. Half the cost of one.
-* **Full.** A float64 SVD, for small matrices and those of which too much lies at the small end;
-  when its divide-and-conquer driver does not converge, LAPACK's QR iteration takes over.
+* **Full.** A float64 SVD, for small matrices, for those of which too much lies at the small end, and
+  for one whose eigensolver does not converge.
 
-Nothing is ever computed below float64 on the CPU. There, numpy's OpenBLAS does the work: it takes
-half the time of torch's MKL for ``W^T W`` (it sees the symmetry) and two thirds for eigenvalues.
+Nothing is ever computed below float64.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
+
+from hf_rmt.theory.linalg import eigh, eigvalsh, matmul, svd_thin, svd_values
 
 #: Singular values below this share of the largest are refined on the Gram route: there ``eps cond^2``
 #: would pass 1e-10.
@@ -99,13 +98,15 @@ def singular_values(weight: torch.Tensor) -> torch.Tensor:
 
 def _values_tall(tall: torch.Tensor) -> torch.Tensor:
     if tall.shape[1] <= _SMALL:
-        return _full(tall.double(), vectors=False)[1]
-    eigenvalues = _eigvalsh(_gram(tall)).flip(0).clamp_min(0)
-    s = eigenvalues.sqrt()
+        return svd_values(tall.double())
+    eigenvalues = eigvalsh(_gram(tall))
+    if eigenvalues is None:
+        return svd_values(tall.double())
+    s = eigenvalues.flip(0).clamp_min(0).sqrt()
     if s[0] > 0 and s[-1] >= _VALUES_REFINE_BELOW * s[0]:
         return s
     if int((s < _REFINE_BELOW * s[0]).sum()) > _REFINE_AT_MOST * len(s):
-        return _full(tall.double(), vectors=False)[1]
+        return svd_values(tall.double())
     return _svd_tall(tall, torch.float32).s
 
 
@@ -138,14 +139,14 @@ def _working_copy(weight: torch.Tensor) -> torch.Tensor:
 
 def _svd_tall(weight: torch.Tensor, dtype: torch.dtype) -> SVDFactors:
     cols = weight.shape[1]
-    if cols > _SMALL:
-        eigenvalues, v = _eigh(_gram(weight))
-        s = eigenvalues.flip(0).clamp_min(0).sqrt()
+    pair = eigh(_gram(weight)) if cols > _SMALL else None
+    if pair is not None:
+        s = pair[0].flip(0).clamp_min(0).sqrt()
         large = int((s >= _REFINE_BELOW * s[0]).sum())
         if s[0] > 0 and cols - large <= _REFINE_AT_MOST * cols:
-            return _finish_gram(weight, v.flip(1), s, large, dtype)
-        del v
-    u, s, vh = _full(weight.double(), vectors=True)
+            return _finish_gram(weight, pair[1].flip(1), s, large, dtype)
+        del pair
+    u, s, vh = svd_thin(weight.double())
     return SVDFactors(u.to(dtype), s, vh.to(dtype), "full")
 
 
@@ -154,7 +155,7 @@ def _gram(weight: torch.Tensor) -> torch.Tensor:
     gram: torch.Tensor | None = None
     for block in weight.split(_ROWS):
         exact = block.double()
-        part = _matmul(exact.mT, exact)
+        part = matmul(exact.mT, exact)
         gram = part if gram is None else gram.add_(part)
     assert gram is not None
     return gram
@@ -167,14 +168,14 @@ def _finish_gram(weight: torch.Tensor, v: torch.Tensor, s: torch.Tensor, large: 
     small = torch.empty((len(weight), len(s) - large), dtype=torch.float64, device=weight.device)
     for start in range(0, len(weight), _ROWS):
         block = slice(start, start + _ROWS)
-        product = _matmul(weight[block].double(), v)
+        product = matmul(weight[block].double(), v)
         small[block] = product[:, large:]
         u[block, :large] = product[:, :large].div_(s[:large])
     if small.shape[1]:
         left = _orthogonal_to(small, weight, v_large, s[:large])
-        u_small, s_small, turn = _full(left, vectors=True)
+        u_small, s_small, turn = svd_thin(left)
         u[:, large:] = u_small
-        v = torch.cat([v_large, _matmul(v_small, turn.mT)], dim=1)
+        v = torch.cat([v_large, matmul(v_small, turn.mT)], dim=1)
         s = torch.cat([s[:large], s_small])
     return SVDFactors(u, s, v.mT.to(dtype), "gram")
 
@@ -189,54 +190,13 @@ def _orthogonal_to(
     for _ in range(2):  # twice is enough
         pulled = torch.zeros_like(v_large[:, :1]).repeat(1, small.shape[1])
         for i in range(0, len(weight), _ROWS):
-            pulled += _matmul(weight[i : i + _ROWS].double().mT, small[i : i + _ROWS])
-        weights = _matmul(v_large.mT, pulled) / (s_large**2)[:, None]
-        pushed = _matmul(v_large, weights)
+            pulled += matmul(weight[i : i + _ROWS].double().mT, small[i : i + _ROWS])
+        weights = matmul(v_large.mT, pulled) / (s_large**2)[:, None]
+        pushed = matmul(v_large, weights)
         small = torch.cat(
             [
-                small[i : i + _ROWS] - _matmul(weight[i : i + _ROWS].double(), pushed)
+                small[i : i + _ROWS] - matmul(weight[i : i + _ROWS].double(), pushed)
                 for i in range(0, len(weight), _ROWS)
             ]
         )
     return small
-
-
-def _full(weight: torch.Tensor, vectors: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """SVD of a tall float64 matrix; the vectors are empty when not wanted."""
-    if weight.device.type != "cpu":
-        if not vectors:
-            return weight[:0], torch.linalg.svdvals(weight), weight[:0]
-        return torch.linalg.svd(weight, full_matrices=False)
-    array = weight.numpy()
-    try:
-        result: Any = np.linalg.svd(array, full_matrices=False, compute_uv=vectors)  # type: ignore[call-overload]
-    except np.linalg.LinAlgError:
-        result = _svd_by_qr_iteration(array, vectors)
-    u, s, vh = result if vectors else (array[:0], result, array[:0])
-    return torch.from_numpy(u), torch.from_numpy(s), torch.from_numpy(vh)
-
-
-def _svd_by_qr_iteration(array: np.ndarray, vectors: bool) -> Any:
-    """Slower than divide and conquer, and converges where that does not."""
-    import scipy.linalg
-
-    return scipy.linalg.svd(array, full_matrices=False, compute_uv=vectors, lapack_driver="gesvd")
-
-
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if a.device.type != "cpu":
-        return a @ b
-    return torch.from_numpy(a.numpy() @ b.numpy())
-
-
-def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if gram.device.type != "cpu":
-        return torch.linalg.eigh(gram)
-    values, vectors = np.linalg.eigh(gram.numpy())
-    return torch.from_numpy(values), torch.from_numpy(vectors)
-
-
-def _eigvalsh(gram: torch.Tensor) -> torch.Tensor:
-    if gram.device.type != "cpu":
-        return torch.linalg.eigvalsh(gram)
-    return torch.from_numpy(np.linalg.eigvalsh(gram.numpy()))
