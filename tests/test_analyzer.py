@@ -102,6 +102,26 @@ def test_sigma_rules(make_model) -> None:
     assert weight.shape[0] > 0
 
 
+def test_the_route_of_other_devices_gives_the_same(make_model, monkeypatch) -> None:
+    """Off the CPU torch does what numpy does on it; here torch's CPU code stands in for the device."""
+    from hf_rmt.theory import linalg
+
+    analyzer = RMTAnalyzer(make_model("bert"))
+    by_numpy = analyzer.analyze()
+    monkeypatch.setattr(linalg, "_by_numpy", lambda _tensor: False)
+    by_torch = analyzer.analyze()
+    for name in by_numpy:
+        np.testing.assert_allclose(by_numpy[name].s, by_torch[name].s, rtol=1e-8)
+        np.testing.assert_allclose(by_numpy[name].left.statistic, by_torch[name].left.statistic, atol=1e-5)
+    values = analyzer.analyze(sides="none")
+    np.testing.assert_allclose(by_numpy[QUERY].s, values[QUERY].s, rtol=1e-7)
+
+
+def test_a_path_is_no_model() -> None:
+    with pytest.raises(TypeError, match="for a folder or Hub id use from_checkpoint"):
+        RMTAnalyzer("bert-base-uncased")  # type: ignore[arg-type]
+
+
 def test_control(make_model) -> None:
     report = RMTAnalyzer(make_model("bert")).analyze(control="gaussian", seed=3, roles="query")
     table = report.to_pandas()

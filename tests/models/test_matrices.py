@@ -91,6 +91,16 @@ def test_wrappers_change_nothing(wrap: str, make_model) -> None:
     assert list(_by_name(model)) == list(plain)
 
 
+def test_distributed_data_parallel(make_model, tmp_path) -> None:
+    model = make_model("bert_classifier")
+    plain = list(_by_name(model))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert list(_by_name(nn.parallel.DistributedDataParallel(model))) == plain
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_plain_module() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     matrices = _by_name(model)
