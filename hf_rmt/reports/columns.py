@@ -28,7 +28,7 @@ COLUMNS: dict[str, str] = {
     "n_above_init": "`n_above` under the `init` rule, 0 to p; high also where the matrix merely grew as a whole.",
     "n_below_init": "`n_below` under the `init` rule, 0 to p; high also where weight decay shrank the matrix as a whole.",
     "mass_outside": "Share of the sum of s^2 beyond the edges, 0 to 1; high means that outliers dominate the matrix.",
-    "mp_distance": "KS distance of the singular values from the law, 0 to 1; about 0.5 / p for noise, high for no agreement.",
+    "mp_distance": "KS distance of the singular values from the law, 0 to 1; about 3 / p for noise, high for no agreement.",
     "hard_edge_p": "Chance of so small a smallest singular value in a square noise matrix (Edelman), 0 to 1; "
     "a high value means no collapse; empty for other shapes.",
     "s_max": "Largest singular value, the spectral norm, 0 or more; high means a strong amplification.",
