@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_rmt.analysis import analyse_matrix
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.matrices import WeightMatrix, select
+from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
 from hf_rmt.reports.report import AnalysisReport
 from hf_rmt.reports.result import MatrixResult
@@ -178,7 +179,7 @@ class _Run:
         workers = config.workers or workers_for([matrices[index].shape for index in indices])
         if any(_on_accelerator(matrices[index], config) for index in indices):
             workers = 1  # one stream of work keeps an accelerator busy
-        with _progress(config.progress, len(matrices), finished) as advance:
+        with progress_bar(config.progress, len(matrices), finished) as advance:
 
             def work(index: int) -> MatrixResult:
                 matrix = matrices[index]
@@ -213,24 +214,3 @@ def _versions() -> dict[str, str]:
     return {"hf_rmt": hf_rmt.__version__, "python": platform.python_version()} | {
         package: importlib.metadata.version(package) for package in packages
     }
-
-
-class _progress:
-    """A progress bar with the name of the matrix at work; a context that gives ``advance(name, steps)``."""
-
-    def __init__(self, wanted: bool | None, total: int, finished: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        shown = wanted if wanted is not None else console.is_terminal or console.is_jupyter
-        columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self.bar = Progress(*columns, console=console, disable=not shown, transient=True)
-        self.task = self.bar.add_task("", total=total, completed=finished)
-
-    def __enter__(self) -> Callable[[str, int], None]:
-        self.bar.start()
-        return lambda name, steps: self.bar.update(self.task, advance=steps, description=name)
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
