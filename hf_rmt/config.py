@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from hf_rmt.theory.controls import CONTROLS, Control
 from hf_rmt.theory.marchenko_pastur import SIGMA_RULES, SigmaRule, check_sigma
+from hf_rmt.theory.tracy_widom import check_rate
 
 Sides = Literal["both", "right", "left", "none"]
 #: Settings that say how the work is done and not what comes out.
@@ -49,8 +50,7 @@ class AnalysisConfig:
             raise ValueError(f"sides is {self.sides!r}: give one of {', '.join(get_args(Sides))}")
         if self.sigma not in SIGMA_RULES:
             check_sigma(self.sigma)
-        if not 0 < self.rate < 1:
-            raise ValueError(f"rate is {self.rate!r}: a false-positive rate lies between 0 and 1")
+        check_rate(self.rate)
         if self.control is not None and self.control not in CONTROLS:
             raise ValueError(f"control is {self.control!r}: give one of {', '.join(CONTROLS)}, or None")
         if self.null_draws is not None and self.null_draws < 100:

@@ -23,7 +23,7 @@ def control_matrix(weight: torch.Tensor, kind: Control, seed: int) -> torch.Tens
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "gaussian":
-        sigma = float(weight.double().square().mean().sqrt())
+        sigma = float(weight.detach().double().square().mean().sqrt())
         return torch.randn(weight.shape, generator=generator) * sigma
     if kind == "shuffled":
         order = torch.randperm(weight.numel(), generator=generator)

@@ -45,8 +45,9 @@ def ks_statistic(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ordered = _sorted_rows(vectors[start : start + rows])
         # Centring and scaling keep the order, so one sort serves both statistics.
         shifted = ordered - ordered.mean(dim=1, keepdim=True)
-        # A constant vector has nothing left after centring: its statistic is that of zeros.
-        shifted /= torch.linalg.vector_norm(shifted, dim=1, keepdim=True).clamp_min(1e-30)
+        norm = torch.linalg.vector_norm(shifted, dim=1, keepdim=True)
+        # A constant vector has nothing but rounding left after centring: its statistic is that of zeros.
+        shifted = torch.where(norm > 1e-5, shifted / norm, 0.0)
         stop = start + len(ordered)
         centred[start:stop] = _ks_of_sorted(shifted).double().cpu()
         plain[start:stop] = _ks_of_sorted(ordered).double().cpu()

@@ -58,17 +58,22 @@ def _survival(x: float, noise: float) -> float:
     return float(weights @ tail / math.sqrt(2 * math.pi))
 
 
+def check_rate(rate: float) -> None:
+    """Raise if this is no false-positive rate that the tables resolve."""
+    if not 1e-9 <= rate < 1:
+        raise ValueError(f"rate is {rate!r}: the false-positive rate of an edge lies between 0 and 1 (at least 1e-9)")
+
+
 @functools.lru_cache(maxsize=4096)
 def tw1_quantile(rate: float, noise: float = 0.0) -> float:
     """The x that ``TW1 + N(0, noise^2)`` exceeds with probability ``rate``.
 
     Args:
-        rate: false-positive rate, in (0, 1).
+        rate: false-positive rate, from 1e-9 to below 1.
         noise: standard deviation of an independent Gaussian, in units of the Tracy-Widom scale;
             it stands for the error of an estimated sigma.
     """
-    if not 0 < rate < 1:
-        raise ValueError(f"rate is {rate!r}: the false-positive rate of an edge lies between 0 and 1")
+    check_rate(rate)
     width = 12 + 12 * noise
     return float(optimize.brentq(lambda x: _survival(x, noise) - rate, -width, width, xtol=1e-10))
 
