@@ -89,7 +89,7 @@ def svd(weight: torch.Tensor, dtype: torch.dtype = torch.float64) -> SVDFactors:
 
 
 def singular_values(weight: torch.Tensor) -> torch.Tensor:
-    """Singular values of one matrix, ``(p,)``, float64, descending, right to 1e-7 relative.
+    """Singular values of one matrix, ``(p,)``, float64, descending, right to 3e-7 relative.
 
     As ``svd`` without vectors, which are computed only where the small end has to be refined.
     """

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from hf_rmt import workers
+from hf_rmt.workers import run_longest_first, seconds_estimate, workers_for, working_bytes
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_every_task_comes_back_with_its_result(count: int) -> None:
+    tasks = list(range(40))
+    found = dict(run_longest_first(tasks, lambda i: i * i, float, count))
+    assert found == {i: i * i for i in tasks}
+    assert list(run_longest_first([], lambda i: i, float, count)) == []
+
+
+def test_equal_tasks_come_back_each() -> None:
+    assert sorted(run_longest_first([2, 2, 1, 2], lambda i: -i, float, 2)) == [(1, -1), (2, -2), (2, -2), (2, -2)]
+
+
+def test_one_worker_begins_with_the_longest() -> None:
+    begun: list[int] = []
+    list(run_longest_first([3, 1, 4, 1, 5, 9, 2, 6], begun.append, float, 1))
+    assert begun == [9, 6, 5, 4, 3, 2, 1, 1]
+
+
+def test_results_come_as_they_finish() -> None:
+    slow_may_end = threading.Event()
+
+    def work(i: int) -> int:
+        if i == 9:
+            assert slow_may_end.wait(30)
+        return i
+
+    order = []
+    for task, _ in run_longest_first([1, 2, 9], work, float, 2):
+        order.append(task)
+        if len(order) == 2:
+            slow_may_end.set()
+    assert order[-1] == 9
+
+
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "cores", lambda: 6)
+    for count, share in ((1, 6), (2, 3), (4, 1), (12, 1)):
+        seen = dict(run_longest_first([1, 2, 3], lambda _: torch.get_num_threads(), float, count))
+        assert set(seen.values()) == {share}
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_are_put_back() -> None:
+    list(run_longest_first([1, 2], lambda i: i, float, 2))
+    assert torch.get_num_threads() == 3
+    with workers.threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3
+
+
+def fail_at_nine(i: int) -> int:
+    if i == 9:
+        raise ArithmeticError("nine")
+    return i
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_exception_is_raised_and_threads_are_put_back(count: int) -> None:
+    with pytest.raises(ArithmeticError, match="nine"):
+        list(run_longest_first([1, 9, 2], fail_at_nine, float, count))
+    assert torch.get_num_threads() == 3
+
+
+def test_an_exception_cancels_what_has_not_begun() -> None:
+    begun: list[int] = []
+    ended: list[int] = []
+
+    def work(i: int) -> None:
+        begun.append(i)
+        fail_at_nine(i)
+        time.sleep(0.5)
+        ended.append(i)
+
+    with pytest.raises(ArithmeticError):
+        list(run_longest_first([5, 4, 3, 2, 9, 1], work, float, 1))
+    assert begun[0] == 9
+    assert len(begun) <= 2
+    assert ended == begun[1:]
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_stopping_early_cancels_what_has_not_begun() -> None:
+    begun: list[int] = []
+
+    def work(i: int) -> int:
+        begun.append(i)
+        time.sleep(0.1)
+        return i
+
+    results = run_longest_first(list(range(50)), work, float, 1)
+    assert next(results) == (49, 49)
+    results.close()  # type: ignore[attr-defined]
+    assert len(begun) < 10
+    assert torch.get_num_threads() == 3
+
+
+def test_as_many_workers_as_cores_matrices_and_memory_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "cores", lambda: 4)
+    need = working_bytes(1000, 500)
+    for available, shapes, expected in (
+        (1e15, [(1000, 500)] * 9, 4),
+        (1e15, [(1000, 500)] * 3, 3),
+        (2 * 2.5 * need, [(1000, 500)] * 9, 2),
+        (2 * 2.5 * need, [(10, 10)] * 8 + [(1000, 500)], 2),
+        (0, [(1000, 500)] * 9, 1),
+        (1e15, [], 1),
+    ):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda a=available: SimpleNamespace(available=a))
+        assert workers_for(shapes) == expected
+
+
+def test_costs_do_not_depend_on_orientation_and_grow_with_the_shape() -> None:
+    for cost in (seconds_estimate, working_bytes):
+        assert cost(300, 700) == cost(700, 300)
+        assert cost(100, 100) < cost(100, 200) < cost(200, 200) < cost(200, 300)
+    assert workers.cores() >= 1
