@@ -40,7 +40,7 @@ def analyse_matrix(matrix: WeightMatrix, config: AnalysisConfig, digest: str = "
     row["note"] = _note(matrix, spectrum, config)
     control = None
     if config.control is not None:
-        random = control_matrix(weight, config.control, seed_for(config.seed, matrix.name))
+        random = control_matrix(weight, config.control, seed_for(config.seed, matrix.name), law.law.sigma)
         control = _spectrum(random.to(weight.device), config)
         row |= _control_columns(control, random, config)
     return MatrixResult(spectrum.s, spectrum.right, spectrum.left, row, control, digest)

@@ -137,6 +137,8 @@ def _table(report: AnalysisReport) -> Table:
         f"TW: beyond the Tracy-Widom thresholds at rate {settings['rate']:g}, sigma {settings['sigma']}; "
         "p<.01: share of singular vectors with so small a p-value, 1 % for a random matrix",
         box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     table.add_column("role", no_wrap=True)

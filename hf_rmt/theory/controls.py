@@ -11,19 +11,21 @@ Control = Literal["gaussian", "shuffled"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
-def control_matrix(weight: torch.Tensor, kind: Control, seed: int) -> torch.Tensor:
+def control_matrix(weight: torch.Tensor, kind: Control, seed: int, sigma: float | None = None) -> torch.Tensor:
     """A random matrix of the same shape as ``weight``, float32 on the CPU.
 
     Args:
         weight: ``(m, n)``.
-        kind: ``"gaussian"``: i.i.d. normal entries with the mean square of the weight's;
+        kind: ``"gaussian"``: i.i.d. normal entries of standard deviation ``sigma``;
             ``"shuffled"``: the weight's own entries in random order, which keeps a heavy-tailed
             distribution of entries and so exposes spikes that come from it alone.
         seed: makes the result repeatable.
+        sigma: of the Gaussian entries, that of the law in question; None for the root mean square of the weight.
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "gaussian":
-        sigma = float(weight.detach().double().square().mean().sqrt())
+        if sigma is None:
+            sigma = float(weight.detach().double().square().mean().sqrt())
         return torch.randn(weight.shape, generator=generator) * sigma
     if kind == "shuffled":
         order = torch.randperm(weight.numel(), generator=generator)

@@ -39,13 +39,7 @@ def test_shape_and_precision(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "gaussian",
-        "shuffled",
-    ],
-)
+@every_kind
 def test_a_parameter_is_taken_without_its_graph(kind: str) -> None:
     torch.set_warn_always(True)
     try:
@@ -84,6 +78,12 @@ def test_gaussian_keeps_the_mean_square() -> None:
     assert float(control.double().square().mean()) == pytest.approx(float(weight.double().square().mean()), rel=0.02)
     assert abs(float(control.double().mean())) < 1e-3
     assert scipy.stats.kstest((control / control.std()).flatten()[:5000].numpy(), "norm").pvalue > 1e-3
+
+
+def test_gaussian_of_a_given_sigma() -> None:
+    control = control_matrix(torch.ones(300, 400), "gaussian", 3, sigma=0.05)
+    assert float(control.std()) == pytest.approx(0.05, rel=0.02)
+    assert torch.equal(control, 0.05 * control_matrix(torch.ones(300, 400), "gaussian", 3, sigma=1.0))
 
 
 def test_controls_tell_structure_from_heavy_tails() -> None:
