@@ -52,7 +52,7 @@ def spiked():
 def drawn(monkeypatch):
     """Figures that ``draw_all`` would have written, by name of the file."""
     figures = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, stem: figures.update({stem.name: figure}) or [stem])
+    monkeypatch.setattr(plots, "save", lambda figure, stem: figures.update({stem.name: figure}) or [stem])
     return figures
 
 
