@@ -111,3 +111,11 @@ def test_demo(minilm, tmp_path) -> None:
     assert result.exit_code == 0, result.output
     assert all(word in result.output for word in ("bulk", "empir.", "init", "query", "intermediate"))
     assert len(AnalysisReport.load(tmp_path / "demo")) == 37
+
+
+def test_the_example_runs(checkpoint: Path, tmp_path) -> None:
+    example = Path(__file__).parents[1] / "examples" / "locate_information.py"
+    command = [sys.executable, str(example), str(checkpoint), "--out", str(tmp_path / "o")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "control_n_above" in result.stdout and len(AnalysisReport.load(tmp_path / "o")) == 14
