@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from typing import Any
 
 import torch
@@ -17,13 +19,19 @@ from hf_rmt.theory.singular_vectors import MIN_ENTRIES, VectorTest, test_vectors
 from hf_rmt.theory.statistics import Law, outliers, spectrum_statistics
 
 
-def analyse_matrix(matrix: WeightMatrix, config: AnalysisConfig, digest: str = "") -> MatrixResult:
+def analyse_matrix(matrix: WeightMatrix, config: AnalysisConfig, digest: bool = False) -> MatrixResult:
     """Everything a report says about one matrix.
+
+    Args:
+        matrix: which one; it is read once.
+        config: the settings.
+        digest: take a hash of the weights, by which a resumed run knows them.
 
     Raises:
         ValueError: the weight cannot be read, or, if ``config.strict``, is not finite.
     """
     weight = matrix.read()
+    hashed = digest_of(weight) if digest else ""
     if config.device is not None:
         weight = weight.to(config.device)
     row = _labels(matrix)
@@ -32,18 +40,24 @@ def analyse_matrix(matrix: WeightMatrix, config: AnalysisConfig, digest: str = "
         message = f"{bad} of {weight.numel()} entries are NaN or Inf"
         if config.strict:
             raise ValueError(f"{matrix.name}: {message}; repair the weights, or analyse without strict")
-        return MatrixResult(row=row | {"note": message}, digest=digest)
+        return MatrixResult(row=row | {"note": message}, digest=hashed)
     spectrum = _spectrum(weight, config)
-    entry_std = float(weight.float().std(correction=0))
+    entry_std = _entry_std(weight, spectrum.s)
     law = Law.fit(config.sigma, spectrum.s, matrix.shape, entry_std, config.rate)
     row |= spectrum_statistics(spectrum.s, matrix.shape, entry_std, law) | _vector_columns(spectrum)
-    row["note"] = _note(matrix, spectrum, config)
+    row["note"] = _note(weight, spectrum)
     control = None
     if config.control is not None:
-        random = control_matrix(weight, config.control, seed_for(config.seed, matrix.name), law.law.sigma)
+        random = control_matrix(weight, config.control, seed_for(config.seed, matrix.name), law.mp.sigma)
         control = _spectrum(random.to(weight.device), config)
         row |= _control_columns(control, random, config)
-    return MatrixResult(spectrum.s, spectrum.right, spectrum.left, row, control, digest)
+    return MatrixResult(s=spectrum.s, right=spectrum.right, left=spectrum.left, row=row, control=control, digest=hashed)
+
+
+def digest_of(weight: torch.Tensor) -> str:
+    """Hash of the values of a matrix."""
+    data = weight.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _labels(matrix: WeightMatrix) -> dict[str, Any]:
@@ -52,21 +66,28 @@ def _labels(matrix: WeightMatrix) -> dict[str, Any]:
 
 
 def _count_not_finite(weight: torch.Tensor) -> int:
-    if bool(weight.float().sum().isfinite()):  # one pass in the usual case; an overflow is looked into
+    values = weight.float() if weight.dtype.itemsize < 4 else weight
+    if bool(values.sum().isfinite()):  # one pass in the usual case; an overflow is looked into
         return 0
-    return int((~weight.float().isfinite()).sum())
+    return int((~values.isfinite()).sum())
+
+
+def _entry_std(weight: torch.Tensor, s: torch.Tensor) -> float:
+    """Standard deviation of the entries; their squares add up to those of the singular values."""
+    mean = float(weight.float().sum(dtype=torch.float64)) / weight.numel()
+    return math.sqrt(max(float(s @ s) / weight.numel() - mean**2, 0.0))
 
 
 def _spectrum(weight: torch.Tensor, config: AnalysisConfig) -> Spectrum:
     if config.sides == "none":
-        return Spectrum(singular_values(weight).cpu())
+        return Spectrum(s=singular_values(weight).cpu())
     factors = svd(weight, torch.float32)
     null = MonteCarloNull(config.null_draws, config.seed) if config.null_draws else None
     testable = factors.testable()
     return Spectrum(
-        factors.s.cpu(),
-        test_vectors(factors.vh, testable, null) if config.right else None,
-        test_vectors(factors.u.mT, testable, null) if config.left else None,
+        s=factors.s.cpu(),
+        right=test_vectors(factors.vh, testable, null) if config.right else None,
+        left=test_vectors(factors.u.mT, testable, null) if config.left else None,
     )
 
 
@@ -81,14 +102,25 @@ def _vector_columns(spectrum: Spectrum) -> dict[str, Any]:
     return columns
 
 
-def _note(matrix: WeightMatrix, spectrum: Spectrum, config: AnalysisConfig) -> str:
+def _note(weight: torch.Tensor, spectrum: Spectrum) -> str:
     notes = []
     if spectrum.s[0] == 0:
         notes.append("all entries are zero")
+    elif (rank := _rank_to_rounding(weight, spectrum.s)) < len(spectrum.s) // 2:
+        notes.append(f"rank {rank} to the precision of {weight.dtype}: the bulk is rounding")
     for side, test in (("right", spectrum.right), ("left", spectrum.left)):
         if test is not None:
             notes += _test_note(side, test)
     return "; ".join(notes)
+
+
+def _rank_to_rounding(weight: torch.Tensor, s: torch.Tensor) -> int:
+    """Singular values above the norm of the noise that rounding the entries to their dtype makes.
+
+    An entry is rounded by its own precision, and by several times that where a sum made it.
+    """
+    rounding = 4 * torch.finfo(weight.dtype).eps * math.sqrt(float(s @ s) / weight.numel() / 12)
+    return int((s > rounding * (math.sqrt(weight.shape[0]) + math.sqrt(weight.shape[1]))).sum())
 
 
 def _test_note(side: str, test: VectorTest) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_rmt.analysis import analyse_matrix
+from hf_rmt.analysis import analyse_matrix, digest_of
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.matrices import WeightMatrix, select
 from hf_rmt.progress import progress_bar
@@ -27,7 +26,8 @@ class RMTAnalyzer:
     Args:
         model: any ``PreTrainedModel``, ``PeftModel`` or ``nn.Module``; it is read, never changed.
         adapters: analyse matrices with peft adapters as they compute; False gives the base.
-        embeddings, head: analyse these too; they are no matrices between activations.
+        embeddings, head: analyse these too; they are no matrices between activations. A head that is tied
+            to the embeddings is one matrix with them, and comes with ``embeddings``.
 
     Raises:
         TypeError: not a model.
@@ -140,6 +140,12 @@ class _Run:
         if store.is_report(folder):
             return self._finished(folder)
         partial = store.PartialRun(folder, self.identity())
+        try:
+            return self._resumed(partial, folder)
+        finally:
+            partial.close()
+
+    def _resumed(self, partial: store.PartialRun, folder: Path) -> AnalysisReport:
         results = {}
         for index in range(len(self.matrices)):
             if (earlier := partial.read(index)) is not None:
@@ -166,10 +172,12 @@ class _Run:
 
     def _check_same_weights(self, index: int, earlier: MatrixResult, folder: Path) -> None:
         matrix = self.matrices[index]
-        if earlier.name != matrix.name or earlier.digest != _digest(matrix):
+        if earlier.name != matrix.name or earlier.digest != digest_of(matrix.read()):
             raise ValueError(
                 f"{folder} belongs to another model: the weights of {matrix.name} differ; give another folder"
             )
+        if self.config.strict and not len(earlier.s):
+            raise ValueError(f"{matrix.name}: {earlier.row['note']}; repair the weights, or analyse without strict")
 
     def results(
         self, indices: Collection[int], digest: bool = False, finished: int = 0
@@ -183,8 +191,11 @@ class _Run:
 
             def work(index: int) -> MatrixResult:
                 matrix = matrices[index]
-                advance(f"{matrix.name}", 0)
-                return analyse_matrix(matrix, config, _digest(matrix) if digest else "")
+                advance(matrix.name, 0)
+                try:
+                    return analyse_matrix(matrix, config, digest)
+                except (RuntimeError, MemoryError) as error:  # of a library, which does not know what it worked on
+                    raise RuntimeError(f"{matrix.name}: {error}") from error
 
             cost: Callable[[int], float] = lambda index: seconds_estimate(*matrices[index].shape)  # noqa: E731
             for index, result in run_longest_first(list(indices), work, cost, workers):
@@ -195,14 +206,6 @@ class _Run:
 def _on_accelerator(matrix: WeightMatrix, config: AnalysisConfig) -> bool:
     kind = config.device.partition(":")[0] if config.device else matrix.device.type
     return kind not in ("cpu", "meta", "mps")  # mps has no float64: its matrices are factored on the CPU
-
-
-def _digest(matrix: WeightMatrix) -> str:
-    """Hash of the values of a matrix, by which a resumed run knows that they are the same."""
-    import torch
-
-    weight = matrix.read().detach().cpu().contiguous()
-    return hashlib.blake2b(weight.view(torch.uint8).numpy().data, digest_size=16).hexdigest()
 
 
 def _versions() -> dict[str, str]:

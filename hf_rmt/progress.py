@@ -20,7 +20,7 @@ def progress_bar(wanted: bool | None, total: int, finished: int = 0) -> Iterator
 
     console = Console(stderr=True)
     shown = wanted if wanted is not None else console.is_terminal or console.is_jupyter
-    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
         task = bar.add_task("", total=total, completed=finished)
         yield lambda name, steps: bar.update(task, advance=steps, description=name)

@@ -7,9 +7,11 @@ of the threads, longest matrices first. The caller's thread settings are put bac
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,24 +21,42 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use, a container's share counted."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = [*_cgroup("cpu.max"), None, None][:2]
+    return max(1, min(own, math.ceil(quota / period))) if quota and period else own
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, a container's limit counted."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    return min(free, limit[0] - used[0]) if limit and limit[0] and used and used[0] else free
+
+
+def _cgroup(name: str) -> list[int | None]:
+    """Numbers in a file of the container's limits; None for no limit."""
+    try:
+        words = Path("/sys/fs/cgroup", name).read_text().split()
+    except OSError:
+        return []
+    return [int(word) if word.isdigit() else None for word in words]
 
 
 def workers_for(shapes: Sequence[tuple[int, int]]) -> int:
     """How many matrices to factor at a time: one a core, if half of the free memory holds them all."""
-    import psutil
-
     largest = max((working_bytes(*shape) for shape in shapes), default=1)
-    fits = int(psutil.virtual_memory().available / 2 // largest)
+    fits = int(free_memory() / 2 // largest)
     return max(1, min(cores(), len(shapes), fits))
 
 
 def working_bytes(rows: int, cols: int) -> int:
-    """Memory that factoring one matrix takes: itself and its vectors in float32, and the
-    Gram matrix, its eigenvectors and their workspace in float64."""
+    """Memory that factoring one matrix takes by the costlier route, a full SVD: itself in float32 and
+    float64, its left vectors twice, and the square ones with their workspace."""
     short = min(rows, cols)
-    return 8 * rows * cols + 5 * 8 * short * short
+    return (4 + 3 * 8) * rows * cols + 6 * 8 * short * short
 
 
 def seconds_estimate(rows: int, cols: int) -> float:

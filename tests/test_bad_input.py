@@ -230,3 +230,77 @@ def test_a_disk_that_fills_up_during_the_run_keeps_what_is_done(make_model, tmp_
             analyzer.analyze(folder=tmp_path / "r")
     assert len(list((tmp_path / "r" / "partial").glob("*.safetensors"))) == 4
     assert len(analyzer.analyze(folder=tmp_path / "r")) == 13
+
+
+def test_strict_holds_for_what_was_analysed_before(make_model, tmp_path) -> None:
+    model = make_model("bert")
+    model.encoder.layer[0].output.dense.weight.data[3, 5] = float("nan")
+    RMTAnalyzer(model).analyze(folder=tmp_path / "r", sides="none")
+    with pytest.raises(ValueError, match=r"layer\.0\.output\.dense: 1 of 8192 entries"):
+        RMTAnalyzer(model).analyze(folder=tmp_path / "r", sides="none", strict=True)
+
+
+def test_a_folder_in_use_is_refused(make_model, tmp_path, monkeypatch) -> None:
+    analyzer = RMTAnalyzer(make_model("bert"))
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5, _StopError())
+        with pytest.raises(_StopError):
+            analyzer.analyze(folder=tmp_path / "r", workers=1)
+    other = store._lock(tmp_path / "r" / "partial")
+    assert other is not None
+    with pytest.raises(ValueError, match="in use by another analysis"):
+        analyzer.analyze(folder=tmp_path / "r")
+    other.close()
+    assert len(analyzer.analyze(folder=tmp_path / "r")) == 13
+
+
+def test_float64_beyond_the_range_of_float32() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64).double()
+    model.weight.data = torch.randn(64, 64).double() * 1e40
+    row = RMTAnalyzer(model).analyze().to_pandas().iloc[0]
+    assert row["note"] == "" and row["s_max"] > 1e40 and row["n_above_tw"] == 0
+
+
+def test_large_float32_entries_do_not_overflow_sigma() -> None:
+    torch.manual_seed(0)
+    row, _ = _row(torch.randn(64, 64) * 1e20, sigma="empirical")
+    assert row["sigma"] == pytest.approx(1e20, rel=0.05) and row["mp_distance"] < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_up_to_rounding_is_said(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(300, 300)
+    model.weight.data = (torch.randn(300, 20) @ torch.randn(20, 300)).to(dtype)
+    row = RMTAnalyzer(model).analyze(sides="none").to_pandas().iloc[0]
+    assert row["note"] == f"rank 20 to the precision of {dtype}: the bulk is rounding"
+    _, result = _row(torch.randn(300, 300).to(dtype))
+    assert result.row["note"] == ""
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no-such-device", "meta"])
+def test_a_device_that_cannot_be_used(device: str, make_model) -> None:
+    with pytest.raises(ValueError, match=f"device is '{device}', which cannot be used here"):
+        RMTAnalyzer(make_model("bert")).analyze(device=device)
+
+
+def test_a_device_may_be_a_device(make_model) -> None:
+    assert len(RMTAnalyzer(make_model("bert")).analyze(device=torch.device("cpu"), sides="none")) == 13
+
+
+def test_numbers_of_numpy_are_settings(make_model, tmp_path) -> None:
+    options = {"sigma": np.float32(0.02), "seed": np.int64(3), "rate": np.float64(0.05)}
+    RMTAnalyzer(make_model("bert")).analyze(folder=tmp_path / "r", sides="none", **options)
+    assert AnalysisReport.load(tmp_path / "r").settings["seed"] == 3
+
+
+def test_an_error_of_a_library_names_the_matrix(make_model, monkeypatch) -> None:
+    import hf_rmt.analysis
+
+    def fail(*_args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(hf_rmt.analysis, "svd", fail)
+    with pytest.raises(RuntimeError, match=r"attention\.self\.query: out of memory"):
+        RMTAnalyzer(make_model("bert")).analyze(roles="query", workers=1)

@@ -119,3 +119,10 @@ def test_the_example_runs(checkpoint: Path, tmp_path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "control_n_above" in result.stdout and len(AnalysisReport.load(tmp_path / "o")) == 14
+
+
+def test_without_matplotlib_the_report_is_there_all_the_same(checkpoint: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("hf_rmt.cli.find_spec", lambda _name: None)
+    result = CliRunner().invoke(cli, ["analyze", str(checkpoint), "--out", str(tmp_path / "o"), "--sides", "none"])
+    assert result.exit_code == 0 and 'pip install "hf_rmt[plots]"' in result.output
+    assert len(AnalysisReport.load(tmp_path / "o")) == 14

@@ -36,12 +36,16 @@ class SafetensorsFolder:
         self._check_headers()
 
     def _files_by_tensor(self) -> dict[str, str]:
-        index = self.folder / _INDEX
-        if index.is_file():
-            return self._read_index(index)
-        if (self.folder / _SINGLE).is_file():
+        if (self.folder / _SINGLE).is_file():  # before the index, as transformers does
             with self._open(_SINGLE) as file:
                 return dict.fromkeys(file.keys(), _SINGLE)
+        if (self.folder / _INDEX).is_file():
+            return self._read_index(self.folder / _INDEX)
+        if (self.folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{self.folder} holds a peft adapter: load it on its base and use RMTAnalyzer(model), "
+                "or analyse the checkpoint of the base"
+            )
         pickled = [name for name in _PICKLED if (self.folder / name).exists()]
         if pickled:
             raise CheckpointError(
@@ -51,11 +55,7 @@ class SafetensorsFolder:
         raise CheckpointError(f"{self.folder} holds neither {_SINGLE} nor {_INDEX}")
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        try:
-            files = json.loads(index.read_text())["weight_map"]
-            assert all(isinstance(name, str) for name in files.values())
-        except (ValueError, KeyError, AttributeError, AssertionError, TypeError) as error:
-            raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+        files = _weight_map(index)
         for name in sorted(set(files.values())):
             path = PurePosixPath(name.replace("\\", "/"))
             if path.is_absolute() or ".." in path.parts or ":" in name:
@@ -91,6 +91,17 @@ class SafetensorsFolder:
         """One tensor, from a file opened and closed again, so that its pages can leave memory."""
         with self._open(self.files[tensor]) as file:
             return file.get_tensor(tensor)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says."""
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        if all(isinstance(name, str) for name in files.values()):
+            return files
+        raise TypeError("weight_map does not name files")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -241,10 +252,11 @@ def _skeleton(folder: Path) -> Any:
             f"{folder} has no config.json, which says what the tensors are: save the model with save_pretrained"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} names no model type that transformers knows: {error}"
+            f"{folder / 'config.json'} names no model type that transformers knows; if it needs code of its own that "
+            f"you trust, load it yourself and use RMTAnalyzer(model): {_one_line(error)}"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
@@ -253,10 +265,16 @@ def _skeleton(folder: Path) -> Any:
         )
     named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
     cls = next((c for c in named if c is not None), None)
-    with torch.device("meta"):
-        if cls is not None:
-            return cls._from_config(config)
-        return transformers.AutoModel.from_config(config)
+    try:
+        with torch.device("meta"):
+            if cls is not None:
+                return cls._from_config(config)
+            return transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever the code of the architecture raises
+        raise CheckpointError(
+            f"{folder}: the architecture cannot be laid out without its weights ({_one_line(error)}): "
+            "load it and use RMTAnalyzer(model)"
+        ) from error
 
 
 def locate(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
@@ -286,21 +304,20 @@ def _from_hub(repo: str, revision: str | None) -> tuple[Path, str | None]:
         config = hf_hub_download(repo, "config.json", revision=revision)
         commit = Path(config).parent.name  # the cache keeps each commit in a folder of its own
         try:
-            index = Path(hf_hub_download(repo, _INDEX, revision=commit))
+            hf_hub_download(repo, _SINGLE, revision=commit)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
-            hf_hub_download(repo, _SINGLE, revision=commit)
-        else:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            for shard in shards:
+            index = Path(hf_hub_download(repo, _INDEX, revision=commit))
+            for shard in sorted(set(_weight_map(index).values())):
                 hf_hub_download(repo, shard, revision=commit)
         return Path(config).parent, commit
     except HFValidationError as error:
         raise CheckpointError(f"{repo!r} is neither a folder nor the id of a repository on the Hub") from error
     except EntryNotFoundError as error:
         raise CheckpointError(
-            f"{repo!r} is not a folder, and the Hub gives no {_SINGLE} or config.json for it: {_one_line(error)}"
+            f"{repo!r} is not a folder, and the Hub gives no {_SINGLE} or config.json for it; if its weights are "
+            f"pickled and you trust them, load it with transformers and use RMTAnalyzer(model): {_one_line(error)}"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(

@@ -82,7 +82,8 @@ def _contiguous_attention(rows: int, config: Any) -> Parts | None:
     sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     if sum(sizes) == rows:
         return contiguous(QKV, sizes)
-    return contiguous(QKV, (rows // 3,) * 3) if rows % 3 == 0 else None
+    # Thirds only where each is as wide as the queries, or where nothing is known of the heads.
+    return contiguous(QKV, (rows // 3,) * 3) if rows % 3 == 0 and heads * head_dim in (0, rows // 3) else None
 
 
 def _interleaved_heads(rows: int, config: Any) -> Parts | None:

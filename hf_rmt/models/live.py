@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,16 +51,15 @@ class LiveParameter:
         self.module = module
         self.name = name
         self.full = full
-        self.tuner = _tuner_around(model, full)
+        self.tuner = _tuner_around(model, full, name)
         self.adapters = adapters
 
     def __call__(self, expert: int | None = None) -> torch.Tensor:
         """The parameter, or one expert of a stacked one, as it computes."""
         with _loaded(self.module, self.name), torch.no_grad():
-            weight = self._adapted() if self.tuner is not None else self._plain(self.module)
-            return weight if expert is None else weight[expert]
+            return self._plain(self.module, expert) if self.tuner is None else self._adapted(expert)
 
-    def _plain(self, module: nn.Module) -> torch.Tensor:
+    def _plain(self, module: nn.Module, expert: int | None) -> torch.Tensor:
         weight = getattr(module, self.name)
         if weight.device.type == "meta":
             raise ValueError(
@@ -67,14 +68,39 @@ class LiveParameter:
             )
         if hasattr(weight, "full_tensor"):
             raise ValueError(f"{self.full} is sharded (DTensor): analyse the checkpoint with from_checkpoint")
-        return _dequantised(module, weight, self.full).detach()
+        return self._dequantised(module, weight, expert).detach()
 
-    def _adapted(self) -> torch.Tensor:
+    def _dequantised(self, module: nn.Module, weight: torch.Tensor, expert: int | None) -> torch.Tensor:
+        """Real values of a weight that its library has packed or scaled; any other weight as it is."""
+        one = weight if expert is None else weight[expert]
+        scale = getattr(module, f"{self.name}_scale_inv", None)
+        if scale is not None and weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
+            from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+            block_size: Any = module.block_size
+            return _dequantize_fp8_weight(one, scale if expert is None else scale[expert], block_size, torch.float32)
+        packed = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
+        if packed:
+            from peft.utils.integrations import dequantize_module_weight
+
+            return dequantize_module_weight(module)
+        if not weight.dtype.is_floating_point:
+            raise ValueError(
+                f"{self.full} holds {weight.dtype} values that no known library has packed: "
+                "dequantise the model first, for instance with model.dequantize()"
+            )
+        if scale is not None or hasattr(module, f"{self.name}_scale"):  # the values mean nothing without it
+            raise ValueError(
+                f"{self.full} is scaled by {self.name}_scale, in a format unknown here: dequantise the model first"
+            )
+        return one
+
+    def _adapted(self, expert: int | None) -> torch.Tensor:
         """Merging a copy of the layer is peft's own definition of what it computes, for every method."""
         tuner: Any = self.tuner
         wanted = self.adapters and not tuner.disable_adapters and bool(tuner.active_adapters)
         if tuner.merged == wanted or not (wanted or tuner.merged):
-            return self._plain(self.module)
+            return self._plain(self.module, expert)
         layer = copy.deepcopy(tuner)
         inner = layer.get_base_layer()
         if getattr(inner, self.name).dtype in (torch.float16, torch.bfloat16):
@@ -85,7 +111,7 @@ class LiveParameter:
             layer.unmerge()
         else:
             layer.merge()
-        return self._plain(inner)
+        return self._plain(inner, expert)
 
 
 def _is_in_use(model: nn.Module, full: str, adapters: bool) -> bool:
@@ -101,41 +127,34 @@ def _is_in_use(model: nn.Module, full: str, adapters: bool) -> bool:
     return True
 
 
-def _tuner_around(model: nn.Module, full: str) -> nn.Module | None:
-    """The peft layer that wraps the module of this parameter, if any."""
-    path, marker, _ = full.rpartition(".base_layer.")
-    return model.get_submodule(path) if marker else None
+def _tuner_around(model: nn.Module, full: str, name: str) -> nn.Module | None:
+    """The peft layer that adapts this parameter, if any.
+
+    Where peft adapts parameters one by one, the wrappers of a module nest, one for each.
+    """
+    pieces = full.split(".")
+    for depth in reversed([i for i, piece in enumerate(pieces) if piece == "base_layer"]):
+        wrapper = model.get_submodule(".".join(pieces[:depth]))
+        if getattr(wrapper, "parameter_name", name) == name:
+            return wrapper
+    return None
+
+
+#: Bringing an offloaded module in changes the module, and several of its matrices are read at a time.
+_OFFLOADED = threading.RLock()
 
 
 @contextlib.contextmanager
-def _loaded(module: nn.Module, name: str):
+def _loaded(module: nn.Module, name: str) -> Iterator[None]:
     """Brings the weight of a module that accelerate has offloaded into memory for a while."""
-    if getattr(module, name).device.type != "meta" or not hasattr(module, "_hf_hook"):
+    if not hasattr(module, "_hf_hook"):
         yield
         return
     from accelerate.utils import align_module_device
 
-    with align_module_device(module):
-        yield
-
-
-def _dequantised(module: nn.Module, weight: torch.Tensor, full: str) -> torch.Tensor:
-    """Real values of a weight that its library has packed; any other weight as it is."""
-    scale = getattr(module, "weight_scale_inv", None)
-    if weight.dtype.is_floating_point and weight.dtype.itemsize == 1 and scale is not None:
-        from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-
-        return _dequantize_fp8_weight(weight, scale, module.block_size, torch.float32)  # type: ignore[arg-type]
-    packed = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
-    if packed or hasattr(module, "W_q"):
-        from peft.utils.integrations import dequantize_module_weight
-
-        return dequantize_module_weight(module)
-    if not weight.dtype.is_floating_point:
-        raise ValueError(
-            f"{full} holds {weight.dtype} values that no known library has packed: "
-            "dequantise the model first, for instance model.dequantize()"
-        )
-    if hasattr(module, "weight_scale"):  # compressed-tensors and others: the values mean nothing without it
-        raise ValueError(f"{full} is scaled by {full}_scale, in a format unknown here: dequantise the model first")
-    return weight
+    with _OFFLOADED:
+        if getattr(module, name).device.type != "meta":
+            yield
+            return
+        with align_module_device(module, execution_device=torch.device("cpu")):
+            yield

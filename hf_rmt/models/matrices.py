@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -28,7 +29,7 @@ class WeightMatrix:
         role: ``query``, ``key``, ``value``, ``attention.output``, ``intermediate``, ``output``,
             ``gate``, with ``cross.`` in cross-attention; else the path below the block.
         shape: ``(out_features, in_features)``.
-        dtype, device: as stored; a matrix that is read from disk arrives on the CPU.
+        dtype, device: as the model declares them; a matrix on disk may have another dtype, and arrives on the CPU.
         stack, block, expert, part: where in the model; None where there is no such thing.
         kind: ``"block"`` for everything but embeddings and heads.
     """
@@ -174,24 +175,41 @@ def _parameters(model: nn.Module) -> Iterator[_Parameter]:
     Never by number of dimensions alone: class tokens and convolutions are 3-D too.
     """
     seen: set[int] = set()
-    tuner = ""
+    tuners: list[str] = []
     for path, module in model.named_modules(remove_duplicate=True):
-        if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
-            tuner = f"{path}."
-        if tuner and path.startswith(tuner) and not path.startswith(f"{tuner}base_layer"):
+        tuners = [tuner for tuner in tuners if path.startswith(f"{tuner}.")]
+        if any(not path.startswith(f"{tuner}.base_layer") for tuner in tuners):
             continue  # an adapter's own matrices are read as part of the matrix they adapt
+        if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
+            tuners.append(path)
+        _refuse_packed(path, module)
         for name, tensor in module.named_parameters(recurse=False):
             if id(tensor) not in seen and _holds_matrices(module, name, tensor):
                 seen.add(id(tensor))
                 yield _Parameter(path, name, module, tensor)
 
 
+def _refuse_packed(path: str, module: nn.Module) -> None:
+    """Weights under names that quantisation libraries give them would be passed over without a word."""
+    own = [*module._parameters, *module._buffers]
+    packed = [name for name in own if name in ("qweight", "W_q", "weight_packed") or name.endswith("_blocks")]
+    if packed:
+        raise ValueError(
+            f"{path} is packed (it holds {packed[0]}): dequantise the model first, for instance with "
+            "model.dequantize(), or analyse the checkpoint that was quantised"
+        )
+
+
 def _holds_matrices(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
     kind = type(module).__name__
     if isinstance(module, (nn.Linear, nn.Embedding)) or _is_conv1d(module):
         return name == "weight" and tensor.numel() > 0
+    if "expert" in kind.lower() and name != "weight":
+        if tensor.ndim == 2 and name in ("w1", "v1", "w2"):
+            warnings.warn(f"{kind}.{name} stacks experts in a layout unknown here and is left out", stacklevel=2)
+        return tensor.ndim == 3 and "bias" not in name and "scale" not in name
     if tensor.ndim == 3:
-        return "expert" in kind.lower() and "bias" not in name
+        return "expert" in kind.lower()
     if isinstance(module, nn.MultiheadAttention):
         return name == "in_proj_weight"
     # Routers and the like: a weight of their own that goes through torch's functional linear.
@@ -289,10 +307,10 @@ def select(
                 raise ValueError(f"no role or name matches {pattern!r}; the roles are {there}")
         chosen = [m for m in chosen if any(_matches(m, pattern) for pattern in patterns)]
     if blocks is not None:
-        wanted = {blocks} if isinstance(blocks, int) else set(blocks)
-        numbers = sorted({m.block for m in matrices if m.block is not None})
-        if unknown := wanted - set(numbers):
-            raise ValueError(f"no block {sorted(unknown)}; the blocks are {_ranges(numbers)}")
+        wanted = {int(block) for block in (blocks if isinstance(blocks, Iterable) else [blocks])}
+        known = sorted({m.block for m in matrices if m.block is not None})
+        if unknown := wanted - set(known):
+            raise ValueError(f"no block {sorted(unknown)}; the blocks are {_ranges(known)}")
         chosen = [m for m in chosen if m.block in wanted]
     if not chosen:
         raise ValueError(f"no matrix has both a role in {roles!r} and a block in {blocks!r}")
@@ -300,11 +318,12 @@ def select(
 
 
 def _matches(matrix: WeightMatrix, pattern: str) -> bool:
-    """A name with brackets is compared literally first: to fnmatch they are a set of characters."""
-    return any(text == pattern or fnmatch.fnmatchcase(text, pattern) for text in (matrix.role, matrix.name))
+    """Brackets are part of names as ``c_attn[query]``, so they stand for themselves."""
+    literal = pattern.replace("[", "[[]")
+    return any(fnmatch.fnmatchcase(text, literal) for text in (matrix.role, matrix.name))
 
 
-def _ranges(numbers: list[int]) -> str:
-    if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]} to {numbers[-1]}"
-    return ", ".join(map(str, numbers)) or "none"
+def _ranges(blocks: list[int]) -> str:
+    if blocks and blocks == list(range(blocks[0], blocks[-1] + 1)):
+        return f"{blocks[0]} to {blocks[-1]}"
+    return ", ".join(map(str, blocks)) or "none"

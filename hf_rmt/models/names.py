@@ -99,6 +99,8 @@ def _whole_role(path: str) -> str:
         return "attention.output" if _ATTENTION.search(grandparent) else "output"
     if leaf in _LEAF_ROLES:
         return _LEAF_ROLES[leaf]
+    if leaf.isdigit():  # of a Sequential: its number is all the name it has
+        return f"{without_indices(_below_block(pieces[:-1]))}.{leaf}" if before else leaf
     roles = _ATTENTION_ROLES if _ATTENTION.search(parent) else _FEED_FORWARD_ROLES
     return roles.get(leaf) or without_indices(_below_block(pieces))
 

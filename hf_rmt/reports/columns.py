@@ -12,7 +12,7 @@ COLUMNS: dict[str, str] = {
     "part": "Which part of a fused parameter (`query`, `gate`, `up`, ...); empty for a parameter of one matrix.",
     "rows": "Output features m, 1 or more.",
     "cols": "Input features n, 1 or more.",
-    "sigma": "Standard deviation that the law uses, above 0; sets the scale of all edges.",
+    "sigma": "Standard deviation that the law uses, 0 or more; sets the scale of all edges.",
     "sigma_rule": "Where sigma comes from: `bulk`, `empirical`, `init`, or `given`.",
     "lower_edge": "Smallest singular value of the Marchenko-Pastur law, 0 for a square matrix; high for elongated ones.",
     "upper_edge": "Largest singular value of the law, above 0; grows with sigma.",
@@ -23,7 +23,7 @@ COLUMNS: dict[str, str] = {
     "n_below_tw": "The same below the lower edge, 0 to p; always 0 for a square matrix, whose law begins at 0.",
     "n_above_bulk": "`n_above` under the `bulk` rule, 0 to p; as `n_above`.",
     "n_below_bulk": "`n_below` under the `bulk` rule, 0 to p; as `n_below`.",
-    "n_above_empirical": "`n_above` under the `empirical` rule, 0 to p; spikes inflate this sigma, so it is the lowest count.",
+    "n_above_empirical": "`n_above` under the `empirical` rule, 0 to p; spikes inflate this sigma, which hides some of them.",
     "n_below_empirical": "`n_below` under the `empirical` rule, 0 to p; too high where spikes inflate sigma.",
     "n_above_init": "`n_above` under the `init` rule, 0 to p; high also where the matrix merely grew as a whole.",
     "n_below_init": "`n_below` under the `init` rule, 0 to p; high also where weight decay shrank the matrix as a whole.",
@@ -32,7 +32,7 @@ COLUMNS: dict[str, str] = {
     "hard_edge_p": "Chance of so small a smallest singular value in a square noise matrix (Edelman), 0 to 1; "
     "a high value means no collapse; empty for other shapes.",
     "s_max": "Largest singular value, the spectral norm, 0 or more; high means a strong amplification.",
-    "s_min": "Smallest singular value, 0 or more; 0 means that the matrix does not have full rank.",
+    "s_min": "Smallest singular value, 0 or more; 0 means that the matrix does not have full rank (rounding of its entries makes up small values, see `note`).",
     "stable_rank": "Sum of s^2 over the largest s^2, 1 to p; high means that many directions share the energy.",
     "effective_rank": "Exponential of the entropy of s / sum s, 1 to p; high means a flat spectrum.",
     "alpha": "Exponent of the power law fitted to the tail of s^2, above 1; high means a light tail, noise-like (2 to 4 "
@@ -52,7 +52,7 @@ COLUMNS: dict[str, str] = {
     "right_plateau": "Median p-value of the right vectors, 0 to 1; 0.5 for noise, above it where one vector with a large "
     "mean pushes the others.",
     "left_plateau": "Median p-value of the left vectors, 0 to 1; as `right_plateau`.",
-    "note": "Why a row is empty or its p-values are left out; empty otherwise.",
+    "note": "Why a row is empty, its p-values are left out, or its bulk is rounding; empty otherwise.",
 }
 
 #: Added where a control was analysed.

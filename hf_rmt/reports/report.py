@@ -24,8 +24,11 @@ class AnalysisReport(Mapping[str, MatrixResult]):
     """
 
     def __init__(self, results: Iterable[MatrixResult], settings: dict[str, Any]):
+        results = list(results)
         self._results = {result.name: result for result in results}
         self.settings = settings
+        if len(self._results) < len(results):
+            raise ValueError("two matrices of this report have the same name")
 
     def __getitem__(self, name: str) -> MatrixResult:
         """Result of one matrix, by its name, or by its path in a headed model.
@@ -118,7 +121,7 @@ class AnalysisReport(Mapping[str, MatrixResult]):
             }
             descriptions = {str(i): result.description() for i, result in enumerate(self._results.values())}
             store.save_tensors(stage / "arrays.safetensors", tensors, descriptions)
-            store.write_manifest(stage, {"format": 1, "settings": self.settings, "matrices": list(self)})
+            store.write_manifest(stage, {"settings": self.settings, "matrices": list(self)})
         return folder
 
     @classmethod

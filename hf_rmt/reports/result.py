@@ -13,7 +13,7 @@ from hf_rmt.theory.singular_vectors import VectorTest
 _EMPTY = torch.empty(0, dtype=torch.float64)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Spectrum:
     """Singular values of a matrix and the tests of its singular vectors.
 
@@ -40,7 +40,7 @@ class Spectrum:
     def from_arrays(cls, arrays: dict[str, torch.Tensor]) -> Spectrum:
         """Inverse of ``arrays``."""
         sides = {side: _test_from_arrays(arrays, side) for side in ("right", "left")}
-        return cls(arrays["s"], **sides)
+        return cls(s=arrays["s"], **sides)
 
 
 def _test_from_arrays(arrays: dict[str, torch.Tensor], side: str) -> VectorTest | None:
@@ -52,7 +52,7 @@ def _test_from_arrays(arrays: dict[str, torch.Tensor], side: str) -> VectorTest 
     return VectorTest(**values)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class MatrixResult(Spectrum):
     """The analysis of one matrix: a ``Spectrum`` with its numbers and, if asked for, its control.
 
@@ -62,7 +62,7 @@ class MatrixResult(Spectrum):
         digest: hash of the weights, by which a resumed run knows them; empty if not taken.
     """
 
-    row: dict[str, Any] = None  # type: ignore[assignment]
+    row: dict[str, Any]
     control: Spectrum | None = None
     digest: str = ""
 
@@ -88,4 +88,4 @@ class MatrixResult(Spectrum):
         under = "control."
         control = {key.removeprefix(under): value for key, value in tensors.items() if key.startswith(under)}
         random = Spectrum.from_arrays(control) if control else None
-        return cls(own.s, own.right, own.left, control=random, **json.loads(description))
+        return cls(s=own.s, right=own.right, left=own.left, control=random, **json.loads(description))

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -16,6 +16,7 @@ from hf_rmt.reports.result import MatrixResult
 
 _STAGE = ".incoming"
 _MANIFEST = "report.json"
+_FORMAT = 1
 
 
 @contextlib.contextmanager
@@ -27,21 +28,26 @@ def staged(folder: Path) -> Iterator[Path]:
     """
     existed = folder.exists()
     stage = folder / _STAGE
+    if (stage / _MANIFEST).is_file():  # of a save that died while its files moved
+        _move_into_place(stage)
     try:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
         yield stage
         for path in stage.iterdir():
             _sync(path)
-        names = sorted((path.name for path in stage.iterdir()), key=lambda name: name == _MANIFEST)
-        for name in names:
-            os.replace(stage / name, folder / name)
-        stage.rmdir()
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    _move_into_place(stage)  # from here on the stage is the report, and is never thrown away
+
+
+def _move_into_place(stage: Path) -> None:
+    for name in sorted((path.name for path in stage.iterdir()), key=lambda name: name == _MANIFEST):
+        os.replace(stage / name, stage.parent / name)
+    stage.rmdir()
 
 
 def current(folder: Path, name: str) -> Path:
@@ -64,9 +70,9 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(beside, path)
 
 
-def write_manifest(stage: Path, value: Any) -> None:
+def write_manifest(stage: Path, value: dict[str, Any]) -> None:
     """The last file of a staged report."""
-    write_json(stage / _MANIFEST, value)
+    write_json(stage / _MANIFEST, {"format": _FORMAT, **value})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -80,10 +86,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no report: there is no {_MANIFEST} in it")
     try:
         manifest = json.loads(path.read_text())
-        assert manifest["format"] == 1
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} is not the manifest of a report of this version of hf_rmt") from error
-    return manifest
+        if manifest["format"] == _FORMAT:
+            return manifest
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} is not the manifest of a report of this version of hf_rmt")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -122,6 +129,25 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _lock(folder: Path) -> IO[str] | None:
+    """Keep other processes out of a folder for as long as the file returned is open, or this one lives."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(
+            f"{folder.parent} is in use by another analysis: wait for it, or give another folder"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 class PartialRun:
     """Results of an unfinished analysis, one file a matrix, in ``folder/partial``."""
 
@@ -129,18 +155,17 @@ class PartialRun:
         """Open or begin a run.
 
         Raises:
-            ValueError: the folder belongs to another model or other settings.
+            ValueError: the folder belongs to another model or other settings, or is in use.
             OSError: it cannot be written.
         """
         self.folder = folder / "partial"
-        self.existed = folder.exists()
-        self.top = folder
         run = self.folder / "run.json"
         if run.is_file():
             refuse_other(folder, json.loads(run.read_text()), identity)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(run, identity)
+        self.lock = _lock(self.folder)
 
     def path(self, index: int) -> Path:
         """File of the matrix with this position in the analysis."""
@@ -163,6 +188,12 @@ class PartialRun:
     def remove(self) -> None:
         """Delete the partial results, once the report is saved."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes work in the folder."""
+        if self.lock is not None:
+            self.lock.close()
 
 
 def refuse_other(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

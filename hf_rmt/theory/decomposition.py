@@ -1,6 +1,6 @@
 """The one place that factors matrices.
 
-Routes, chosen by shape, conditioning and device:
+Routes, chosen by shape and conditioning (the device only decides whose drivers run, see ``linalg``):
 
 * **Gram.** Eigenvectors of the float64 Gram matrix on the shorter side, then ``B = W V`` for the
   other side. A singular value comes out with a relative error of ``eps cond^2``, so the small end,
@@ -101,7 +101,8 @@ def singular_values(weight: torch.Tensor) -> torch.Tensor:
 def _values_tall(tall: torch.Tensor) -> torch.Tensor:
     if tall.shape[1] <= _SMALL:
         return svd_values(tall.double())
-    eigenvalues = eigvalsh(_gram(tall))
+    gram = _gram(tall)
+    eigenvalues = eigvalsh(gram)
     if eigenvalues is None:
         return svd_values(tall.double())
     s = eigenvalues.flip(0).clamp_min(0).sqrt()
@@ -109,7 +110,7 @@ def _values_tall(tall: torch.Tensor) -> torch.Tensor:
         return s
     if int((s < _REFINE_BELOW * s[0]).sum()) > _REFINE_AT_MOST * len(s):
         return svd_values(tall.double())
-    return _svd_tall(tall, torch.float32).s
+    return _svd_tall(tall, torch.float32, gram).s
 
 
 def _exact_zeros(s: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -139,9 +140,9 @@ def _working_copy(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _svd_tall(weight: torch.Tensor, dtype: torch.dtype) -> SVDFactors:
+def _svd_tall(weight: torch.Tensor, dtype: torch.dtype, gram: torch.Tensor | None = None) -> SVDFactors:
     cols = weight.shape[1]
-    pair = eigh(_gram(weight)) if cols > _SMALL else None
+    pair = eigh(_gram(weight) if gram is None else gram) if cols > _SMALL else None
     if pair is not None:
         s = pair[0].flip(0).clamp_min(0).sqrt()
         large = int((s >= _REFINE_BELOW * s[0]).sum())
@@ -164,22 +165,23 @@ def _gram(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _finish_gram(weight: torch.Tensor, v: torch.Tensor, s: torch.Tensor, large: int, dtype: torch.dtype) -> SVDFactors:
-    """Left vectors from the right ones, and the small end refined."""
-    u = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    """Left vectors from the right ones, and the small end refined. Both sides are stored by vectors,
+    one after another in memory, as the tests of vectors read them."""
+    ut = torch.empty((len(s), len(weight)), dtype=dtype, device=weight.device)
     v_large, v_small = v[:, :large], v[:, large:]
     small = torch.empty((len(weight), len(s) - large), dtype=torch.float64, device=weight.device)
     for start in range(0, len(weight), _ROWS):
         block = slice(start, start + _ROWS)
-        product = matmul(weight[block].double(), v)
-        small[block] = product[:, large:]
-        u[block, :large] = product[:, :large].div_(s[:large])
+        product = matmul(v.mT, weight[block].double().mT)
+        small[block] = product[large:].mT
+        ut[:large, block] = product[:large].div_(s[:large, None])
     if small.shape[1]:
         left = _orthogonal_to(small, weight, v_large, s[:large])
         u_small, s_small, turn = svd_thin(left)
-        u[:, large:] = u_small
+        ut[large:] = u_small.mT
         v = torch.cat([v_large, matmul(v_small, turn.mT)], dim=1)
         s = torch.cat([s[:large], s_small])
-    return SVDFactors(u, s, v.mT.to(dtype), "gram")
+    return SVDFactors(ut.mT, s, v.mT.to(dtype).contiguous(), "gram")
 
 
 def _orthogonal_to(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
@@ -86,11 +87,6 @@ def shipped_null() -> KSNull:
         return KSNull(table["logits"], table["plain"], table["centred"], int(table["draws"]))
 
 
-@functools.lru_cache(maxsize=32)
-def _cached_draws(n: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    return draw_statistics(n, draws, seed)
-
-
 def draw_statistics(n: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted KS statistics, plain and centred, of ``draws`` random unit vectors of length n."""
     from hf_rmt.theory.singular_vectors import ks_statistic
@@ -107,6 +103,15 @@ def draw_statistics(n: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarr
     plain.sort()
     centred.sort()
     return plain, centred
+
+
+_LOCK = threading.Lock()
+_drawn = functools.lru_cache(maxsize=32)(draw_statistics)
+
+
+def _cached_draws(n: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    with _LOCK:  # several workers ask at once, and the cache alone would let each draw its own
+        return _drawn(n, draws, seed)
 
 
 def fit_table(draws: int, seed: int, workers: int) -> KSNull:

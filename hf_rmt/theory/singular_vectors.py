@@ -21,7 +21,7 @@ MIN_ENTRIES = 32
 #: Half width of the window of the local mean; 2 * 7 + 1 = 15 neighbours (paper Eq. 6).
 HALF_WINDOW = 7
 #: Entries processed at a time, so that the sorted copy stays in the processor's cache.
-_CHUNK = 1 << 19
+_CHUNK = 1 << 18
 
 
 def ks_statistic(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,13 +42,13 @@ def ks_statistic(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     plain, centred = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64)
     rows = max(1, _CHUNK // n)
     for start in range(0, count, rows):
-        ordered = _sorted_rows(vectors[start : start + rows])
+        stop = start + rows
+        ordered = _sorted_rows(vectors[start:stop])
         # Centring and scaling keep the order, so one sort serves both statistics.
         shifted = ordered - ordered.mean(dim=1, keepdim=True)
         norm = torch.linalg.vector_norm(shifted, dim=1, keepdim=True)
         # A constant vector has nothing but rounding left after centring: its statistic is that of zeros.
-        shifted = torch.where(norm > 1e-5, shifted / norm, 0.0)
-        stop = start + len(ordered)
+        shifted *= torch.where(norm > 1e-5, 1 / norm, 0.0)
         centred[start:stop] = _ks_of_sorted(shifted).double().cpu()
         plain[start:stop] = _ks_of_sorted(ordered).double().cpu()
     return plain, centred
@@ -63,14 +63,15 @@ def _sorted_rows(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _ks_of_sorted(ordered: torch.Tensor) -> torch.Tensor:
-    """Statistic of each row of ``(count, n)``; the argument is overwritten."""
+    """Statistic of each row of ``(count, n)``; the argument is overwritten.
+
+    ``2 C - 1`` is an error function, and ``max_i (i/n - C_i)`` and ``max_i (C_i - (i-1)/n)`` are both
+    extremes of ``C_i - (i-1)/n``: one pass fewer each. aminmax would take ten times as long.
+    """
     n = ordered.shape[1]
-    steps = torch.arange(n + 1, dtype=torch.float64, device=ordered.device) / n
-    cdf = ordered.mul_(math.sqrt(n / 2)).erf_().mul_(0.5).add_(0.5)
-    # max_i (i/n - C_i) and max_i (C_i - (i-1)/n) differ by the constant 1/n.
-    gap = cdf.sub_(steps[:-1].to(cdf.dtype))
-    low, high = gap.aminmax(dim=1)
-    return torch.maximum(high, 1 / n - low)
+    steps = torch.arange(n, dtype=torch.float64, device=ordered.device).mul_(2 / n).sub_(1).to(ordered.dtype)
+    gap = ordered.mul_(math.sqrt(n / 2)).erf_().sub_(steps)
+    return torch.maximum(gap.amax(dim=1), 2 / n - gap.amin(dim=1)) / 2
 
 
 def local_mean(p_values: torch.Tensor, half_window: int = HALF_WINDOW) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,16 +208,18 @@ def test_vectors(
     if n < MIN_ENTRIES:
         keep = torch.zeros_like(keep)
     null = null or shipped_null()
-    plain, centred = ks_statistic(vectors) if keep.any() else (torch.zeros(count).double(),) * 2
-    blank = torch.full_like(plain, math.nan)
-    extreme = int(torch.where(keep, plain, -1.0).argmax()) if keep.any() else -1
+    blank = torch.full((count,), math.nan, dtype=torch.float64)
+    if not keep.any():
+        return VectorTest(blank, blank.clone(), blank.clone(), n, -1, torch.empty(0))
+    plain, centred = ks_statistic(vectors)
+    extreme = int(torch.where(keep, plain, -1.0).argmax())
     return VectorTest(
         statistic=torch.where(keep, plain, blank),
         p_values=torch.where(keep, null.p_value(plain, n), blank),
         centred_p_values=torch.where(keep, null.p_value(centred, n, centred=True), blank),
         entries=n,
         extreme_index=extreme,
-        extreme_vector=vectors[extreme].float().cpu().clone() if extreme >= 0 else torch.empty(0),
+        extreme_vector=vectors[extreme].float().cpu().clone(),
     )
 
 

@@ -16,7 +16,7 @@ from hf_rmt.theory.marchenko_pastur import SIGMA_RULES, MarchenkoPastur, SigmaRu
 class Law:
     """The Marchenko-Pastur law that a matrix is held against, and where its finite-size noise ends."""
 
-    law: MarchenkoPastur
+    mp: MarchenkoPastur
     sigma_rule: str
     lower_tw: float
     upper_tw: float
@@ -61,7 +61,7 @@ def spectrum_statistics(s: torch.Tensor, shape: tuple[int, int], entry_std: floa
         entry_std: standard deviation of its entries.
         law: what to hold it against.
     """
-    mp = law.law
+    mp = law.mp
     above, below = outliers(mp, s)
     energy = s.double() ** 2
     total = float(energy.sum())

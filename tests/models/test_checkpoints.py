@@ -197,3 +197,46 @@ def test_locate_a_file(tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="give the folder"):
         locate(tmp_path / "model.safetensors")
+
+
+def test_code_that_comes_with_a_checkpoint_is_never_run(make_model, tmp_path, monkeypatch) -> None:
+    make_model("bert").save_pretrained(tmp_path)
+    (tmp_path / "configuration_evil.py").write_text("raise SystemExit('ran')")
+    evil = {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.EvilConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(evil))
+    monkeypatch.setattr("builtins.input", lambda *_args: "y")
+    with pytest.raises(CheckpointError, match=r"code of its own .*RMTAnalyzer"):
+        Checkpoint(tmp_path)
+
+
+def test_the_single_file_goes_before_an_index_as_in_transformers(make_model, tmp_path) -> None:
+    """What is left of an earlier, sharded save must not be what is analysed."""
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "old", max_shard_size="100KB")
+    for parameter in model.parameters():
+        parameter.data += 1
+    model.save_pretrained(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old", dirs_exist_ok=True)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "old")
+    live = {m.name: m.read() for m in matrices_of(loaded)}
+    disk = {m.name: m.read() for m in Checkpoint(tmp_path / "old").matrices()}
+    assert all(torch.equal(live[name], disk[name]) for name in live)
+
+
+def test_an_adapter_folder_says_what_it_is(make_model, tmp_path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(make_model("bert"), LoraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a peft adapter: load it on its base"):
+        Checkpoint(tmp_path)
+
+
+def test_an_architecture_that_cannot_be_laid_out(make_model, tmp_path, monkeypatch) -> None:
+    make_model("bert").save_pretrained(tmp_path)
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("needs a kernel")
+
+    monkeypatch.setattr(transformers.BertModel, "_from_config", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be laid out without its weights \(needs a kernel\)"):
+        Checkpoint(tmp_path)

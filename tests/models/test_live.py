@@ -134,6 +134,73 @@ def test_block_scaled_float8_is_dequantised() -> None:
     torch.testing.assert_close(matrices_of(nn.Sequential(layer))[0].read().float(), expected)
 
 
+def test_block_scaled_float8_experts_are_dequantised() -> None:
+    class Experts(nn.Module):
+        """Parameters as transformers' FP8Experts has them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.block_size = (32, 32)
+            self.down_proj = nn.Parameter(torch.randn(2, 64, 64).to(torch.float8_e4m3fn), requires_grad=False)
+            self.down_proj_scale_inv = nn.Parameter(torch.rand(2, 2, 2) + 0.5)
+
+    model = nn.Sequential(Experts())
+    matrices = matrices_of(model)
+    assert [m.expert for m in matrices] == [0, 1]
+    scale = model[0].down_proj_scale_inv[1].repeat_interleave(32, 0).repeat_interleave(32, 1)
+    torch.testing.assert_close(matrices[1].read().float(), model[0].down_proj[1].float() * scale)
+
+
+def test_adapters_on_the_parameters_of_experts(make_model) -> None:
+    """peft nests one wrapper a parameter; each matrix must get its own."""
+    from peft import LoraConfig, get_peft_model
+
+    base = make_model("mixtral")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = get_peft_model(base, LoraConfig(r=2, target_parameters=targets, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    assert [m.name for m in matrices_of(adapted)] == [m.name for m in matrices_of(make_model("mixtral"))]
+    read = {m.name: m.read().clone() for m in matrices_of(adapted)}
+    plain = {m.name: m.read().clone() for m in matrices_of(adapted, adapters=False)}
+    original = {m.name: m.read() for m in matrices_of(make_model("mixtral"))}
+    merged = {m.name: m.read() for m in matrices_of(adapted.merge_and_unload())}
+    assert read.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(read[name], weight, atol=1e-6, rtol=1e-5)
+        assert torch.equal(plain[name], original[name]), name
+
+
+def test_offloaded_weights_are_read_from_many_threads(make_model) -> None:
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+
+    from accelerate import cpu_offload
+
+    expected = {m.name: m.read() for m in matrices_of(make_model("gpt2"))}
+    expected["lm_head"] = expected["wte"].mT  # offloading unties it
+    model = cpu_offload(make_model("gpt2"), execution_device=torch.device("cpu"))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(10):
+                matrices = matrices_of(model)
+                for matrix, weight in zip(matrices, pool.map(lambda m: m.read(), matrices), strict=True):
+                    assert torch.equal(weight, expected[matrix.name])
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("name", ["qweight", "W_q", "weight_packed", "gate_up_proj_blocks"])
+def test_packed_layers_are_not_passed_over(name: str) -> None:
+    packed = nn.Module()
+    packed.register_buffer(name, torch.zeros(8, 8, dtype=torch.int32))
+    with pytest.raises(ValueError, match=rf"1 is packed \(it holds {name}\): dequantise"):
+        matrices_of(nn.Sequential(nn.Linear(8, 8), packed))
+
+
 def test_scaled_weights_of_unknown_format_are_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8).to(torch.float8_e4m3fn))
     model[0].weight_scale = nn.Parameter(torch.ones(1))

@@ -125,3 +125,28 @@ def test_a_selection_of_nothing_says_what_there_is(make_model) -> None:
         select(matrices, blocks=[0, 7])
     with pytest.raises(ValueError, match=r"both a role in 'pooler\.dense' and a block in 1"):
         select(matrices, roles="pooler.dense", blocks=1)
+
+
+def test_brackets_of_a_pattern_stand_for_themselves(make_model) -> None:
+    matrices = matrices_of(make_model("gpt2"))
+    assert {m.part for m in select(matrices, roles="*[query]")} == {"query"}
+    assert len(select(matrices, roles="h.*.c_attn[key]")) == 2
+
+
+def test_numbers_of_numpy_are_blocks(make_model) -> None:
+    import numpy as np
+
+    matrices = matrices_of(make_model("bert"))
+    assert {m.block for m in select(matrices, blocks=np.int64(1))} == {1}
+    assert {m.block for m in select(matrices, blocks=np.arange(2))} == {0, 1}
+
+
+def test_numbered_modules_keep_their_number() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+
+    roles = [m.role for m in matrices_of(nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])}))]
+    assert roles == ["mlp.0", "mlp.2"] * 2
+    assert [m.role for m in matrices_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))] == ["0", "1"]

@@ -76,6 +76,28 @@ def test_a_death_while_files_move_loses_nothing(report: AnalysisReport, tmp_path
         assert len(AnalysisReport.load(folder)) == len(report)
 
 
+def test_a_move_that_fails_is_finished_by_the_next_save(report: AnalysisReport, tmp_path, monkeypatch) -> None:
+    import os
+
+    smaller = AnalysisReport([report[name] for name in list(report)[:2]], report.settings)
+    report.save(tmp_path)
+    original = os.replace
+
+    def fail_for_the_table(source, target):
+        if Path(target).name == "table.parquet":
+            raise OSError("the disk went away")
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail_for_the_table)
+        with pytest.raises(OSError, match="went away"):
+            smaller.save(tmp_path)
+    assert len(AnalysisReport.load(tmp_path)) == 2, "the new report is whole in its stage"
+    report.save(tmp_path)
+    assert len(AnalysisReport.load(tmp_path)) == len(report)
+    assert len(pd.read_parquet(tmp_path / "table.parquet")) == len(report)
+
+
 @pytest.mark.parametrize("damage", ["arrays.safetensors", "report.json"])
 def test_damaged_files_are_named(report: AnalysisReport, tmp_path, damage: str) -> None:
     folder = report.save(tmp_path / "r")

@@ -31,7 +31,7 @@ def test_law_follows_its_rule(rule: str | float, shape: tuple[int, int]) -> None
     law = Law.fit(rule, s, shape, entry_std, RATE)  # type: ignore[arg-type]
     noise = {"bulk": bulk_sigma_noise(*shape), "empirical": 1 / math.sqrt(2 * shape[0] * shape[1])}.get(str(rule), 0.0)
     expected = sigma_of(rule, s, shape, entry_std)  # type: ignore[arg-type]
-    assert law.law == MarchenkoPastur(*shape, expected)
+    assert law.mp == MarchenkoPastur(*shape, expected)
     assert law.sigma_rule == (rule if isinstance(rule, str) else "given")
     assert law.upper_tw == upper_threshold(*shape, expected, RATE, noise)
     assert law.lower_tw == lower_threshold(*shape, expected, RATE, noise)
@@ -50,15 +50,15 @@ def test_columns_of_noise(shape: tuple[int, int]) -> None:
     s, entry_std = gaussian(shape, 2)
     law = Law.fit("bulk", s, shape, entry_std, RATE)
     row = spectrum_statistics(s, shape, entry_std, law)
-    assert row["sigma"] == law.law.sigma == pytest.approx(SIGMA, rel=0.05)
+    assert row["sigma"] == law.mp.sigma == pytest.approx(SIGMA, rel=0.05)
     assert row["sigma_rule"] == "bulk"
-    assert (row["lower_edge"], row["upper_edge"]) == (law.law.lower_edge, law.law.upper_edge)
-    assert (row["n_above"], row["n_below"]) == outliers(law.law, s) == (row["n_above_bulk"], row["n_below_bulk"])
+    assert (row["lower_edge"], row["upper_edge"]) == (law.mp.lower_edge, law.mp.upper_edge)
+    assert (row["n_above"], row["n_below"]) == outliers(law.mp, s) == (row["n_above_bulk"], row["n_below_bulk"])
     assert row["n_above_tw"] == row["n_below_tw"] == 0
     assert row["n_above"] <= 2
     assert row["n_below"] <= 2
     assert row["mass_outside"] < 0.06
-    assert row["mp_distance"] == law.law.distance(s) < 0.06
+    assert row["mp_distance"] == law.mp.distance(s) < 0.06
     assert (row["s_max"], row["s_min"]) == (float(s[0]), float(s[-1]))
     assert row["mp_soft_rank"] == pytest.approx(1, abs=0.1)
     assert row["spacing_ratio"] == pytest.approx(0.53, abs=0.12)

@@ -168,7 +168,7 @@ def test_thresholds_are_crossed_at_the_chosen_rate(shape: tuple[int, int], rule:
 
 def test_asymptotic_edges_are_crossed_more_often() -> None:
     spectra = torch.from_numpy(_gaussian_spectra((100, 100), 1000, 2).copy())
-    edge = Law.fit(1.0, spectra[0], (100, 100), 1.0, 0.05).law.upper_edge
+    edge = Law.fit(1.0, spectra[0], (100, 100), 1.0, 0.05).mp.upper_edge
     assert 0.10 < float((spectra[:, 0] > edge).double().mean()) < 0.19
 
 
