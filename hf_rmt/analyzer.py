@@ -107,6 +107,7 @@ class RMTAnalyzer:
                 model or other settings, or (``strict``) a matrix is not finite.
             TypeError: an unknown setting.
             OSError: the folder cannot be written.
+            RuntimeError: a library failed, on a matrix that the message names.
         """
         settings = AnalysisConfig.of(config, options)
         matrices = select(self.matrices, roles, blocks)
@@ -172,6 +173,8 @@ class _Run:
 
     def _check_same_weights(self, index: int, earlier: MatrixResult, folder: Path) -> None:
         matrix = self.matrices[index]
+        if not earlier.digest:
+            raise ValueError(f"{folder} holds a report that was saved without this run; give another folder")
         if earlier.name != matrix.name or earlier.digest != digest_of(matrix.read()):
             raise ValueError(
                 f"{folder} belongs to another model: the weights of {matrix.name} differ; give another folder"

@@ -304,3 +304,10 @@ def test_an_error_of_a_library_names_the_matrix(make_model, monkeypatch) -> None
     monkeypatch.setattr(hf_rmt.analysis, "svd", fail)
     with pytest.raises(RuntimeError, match=r"attention\.self\.query: out of memory"):
         RMTAnalyzer(make_model("bert")).analyze(roles="query", workers=1)
+
+
+def test_a_report_saved_by_hand_is_no_run_to_resume(make_model, tmp_path) -> None:
+    analyzer = RMTAnalyzer(make_model("bert"))
+    analyzer.analyze(sides="none").save(tmp_path / "r")
+    with pytest.raises(ValueError, match="saved without this run; give another folder"):
+        analyzer.analyze(sides="none", folder=tmp_path / "r")

@@ -110,7 +110,9 @@ class Discovery:
         config = self._config_of(parameter.path)
         whole = self._whole(parameter, whole_shape, transposed)
         if stacked:
-            parts = fused.expert_parts(leaf, whole_shape[0], not getattr(parameter.module, "is_concatenated", True))
+            one_by_one = type(parameter.module).__name__ == "GptOssExperts"
+            interleaved = not getattr(parameter.module, "is_concatenated", not one_by_one)
+            parts = fused.expert_parts(leaf, whole_shape[0], interleaved)
             experts: Iterable[int | None] = range(parameter.tensor.shape[0])
         else:
             parts = fused.fused_parts(leaf, whole_shape[0], config)
@@ -221,12 +223,16 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+#: Experts stored (in, out), for versions of transformers in which they do not say so themselves.
+_TRANSPOSED_EXPERTS = ("Llama4TextExperts", "GptOssExperts")
+
+
 def _layout(parameter: _Parameter) -> tuple[bool, bool]:
     """Whether the parameter is stored ``(in, out)``, and whether it is a stack of experts."""
     stacked = parameter.tensor.ndim == 3
     turned = _is_conv1d(parameter.module) or isinstance(parameter.module, nn.Embedding)
     if stacked:
-        turned = getattr(parameter.module, "is_transposed", type(parameter.module).__name__ == "Llama4TextExperts")
+        turned = getattr(parameter.module, "is_transposed", type(parameter.module).__name__ in _TRANSPOSED_EXPERTS)
     return turned, stacked
 
 

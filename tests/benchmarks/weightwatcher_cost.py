@@ -2,8 +2,8 @@
 
 Two comparisons: the full one, Marchenko-Pastur fits and a randomised matrix beside each one, and
 values only, WeightWatcher's default. WeightWatcher is run on one thread, which costs it fewer CPU
-seconds than several (24 against 86 for the full comparison of one block). It is confined to the linear layers, which are the matrices that
-``analyze()`` takes; left alone it takes the embeddings too.
+seconds than several (24 against 86 for the full comparison of one block). It is confined to the
+linear layers, which are the matrices that ``analyze()`` takes; left alone it takes the embeddings too.
 """
 
 from __future__ import annotations
