@@ -48,7 +48,7 @@ def svd_thin(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     if not _by_numpy(matrix):
         return torch.linalg.svd(matrix, full_matrices=False)  # falls back to another driver itself
     try:
-        factors = np.linalg.svd(matrix.numpy(), full_matrices=False)
+        factors: tuple[np.ndarray, ...] = np.linalg.svd(matrix.numpy(), full_matrices=False)
     except np.linalg.LinAlgError:
         factors = scipy.linalg.svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
     u, s, vh = (torch.from_numpy(factor) for factor in factors)
