@@ -268,8 +268,11 @@ def _skeleton(folder: Path) -> Any:
     try:
         with torch.device("meta"):
             if cls is not None:
-                return cls._from_config(config)
-            return transformers.AutoModel.from_config(config, trust_remote_code=False)
+                model = cls._from_config(config)
+            else:
+                model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+            model.tie_weights()  # the first versions of transformers 5 leave that to loading
+            return model
     except Exception as error:  # whatever the code of the architecture raises
         raise CheckpointError(
             f"{folder}: the architecture cannot be laid out without its weights ({_one_line(error)}): "

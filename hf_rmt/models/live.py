@@ -75,8 +75,13 @@ class LiveParameter:
         one = weight if expert is None else weight[expert]
         scale = getattr(module, f"{self.name}_scale_inv", None)
         if scale is not None and weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
-            from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-
+            try:
+                from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+            except ImportError as error:
+                raise ValueError(
+                    f"{self.full} is block-scaled float8, which the transformers installed here cannot dequantise "
+                    f"({error}): upgrade transformers, or analyse the unquantised checkpoint"
+                ) from error
             block_size: Any = module.block_size
             return _dequantize_fp8_weight(one, scale if expert is None else scale[expert], block_size, torch.float32)
         packed = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
