@@ -12,7 +12,7 @@ from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.reports.result import MatrixResult, Spectrum
 from hf_rmt.theory.controls import control_matrix, seed_for
-from hf_rmt.theory.decomposition import singular_values, svd
+from hf_rmt.theory.decomposition import as_float, count_not_finite, singular_values, svd
 from hf_rmt.theory.ks_null import MonteCarloNull
 from hf_rmt.theory.marchenko_pastur import MarchenkoPastur, sigma_of
 from hf_rmt.theory.singular_vectors import MIN_ENTRIES, VectorTest, test_vectors
@@ -32,11 +32,10 @@ def analyse_matrix(matrix: WeightMatrix, config: AnalysisConfig, digest: bool = 
     """
     weight = matrix.read()
     hashed = digest_of(weight) if digest else ""
-    if config.device is not None:
-        weight = weight.to(config.device)
+    precision = torch.finfo(weight.dtype)
+    weight = as_float(weight if config.device is None else weight.to(config.device))
     row = _labels(matrix)
-    bad = _count_not_finite(weight)
-    if bad:
+    if bad := count_not_finite(weight):
         message = f"{bad} of {weight.numel()} entries are NaN or Inf"
         if config.strict:
             raise ValueError(f"{matrix.name}: {message}; repair the weights, or analyse without strict")
@@ -45,7 +44,7 @@ def analyse_matrix(matrix: WeightMatrix, config: AnalysisConfig, digest: bool = 
     entry_std = _entry_std(weight, spectrum.s)
     law = Law.fit(config.sigma, spectrum.s, matrix.shape, entry_std, config.rate)
     row |= spectrum_statistics(spectrum.s, matrix.shape, entry_std, law) | _vector_columns(spectrum)
-    row["note"] = _note(weight, spectrum)
+    row["note"] = _note(spectrum, matrix.shape, precision)
     control = None
     if config.control is not None:
         random = control_matrix(weight, config.control, seed_for(config.seed, matrix.name), law.mp.sigma)
@@ -65,16 +64,9 @@ def _labels(matrix: WeightMatrix) -> dict[str, Any]:
     return labels | {"rows": matrix.shape[0], "cols": matrix.shape[1]}
 
 
-def _count_not_finite(weight: torch.Tensor) -> int:
-    values = weight.float() if weight.dtype.itemsize < 4 else weight
-    if bool(values.sum().isfinite()):  # one pass in the usual case; an overflow is looked into
-        return 0
-    return int((~values.isfinite()).sum())
-
-
 def _entry_std(weight: torch.Tensor, s: torch.Tensor) -> float:
     """Standard deviation of the entries; their squares add up to those of the singular values."""
-    mean = float(weight.float().sum(dtype=torch.float64)) / weight.numel()
+    mean = float(weight.sum(dtype=torch.float64)) / weight.numel()
     return math.sqrt(max(float(s @ s) / weight.numel() - mean**2, 0.0))
 
 
@@ -102,25 +94,26 @@ def _vector_columns(spectrum: Spectrum) -> dict[str, Any]:
     return columns
 
 
-def _note(weight: torch.Tensor, spectrum: Spectrum) -> str:
+def _note(spectrum: Spectrum, shape: tuple[int, int], precision: torch.finfo) -> str:
     notes = []
     if spectrum.s[0] == 0:
         notes.append("all entries are zero")
-    elif (rank := _rank_to_rounding(weight, spectrum.s)) < len(spectrum.s) // 2:
-        notes.append(f"rank {rank} to the precision of {weight.dtype}: the bulk is rounding")
+    elif (rank := _rank_to_rounding(spectrum.s, shape, precision)) < len(spectrum.s) // 2:
+        notes.append(f"rank {rank} to the precision of torch.{precision.dtype}: the bulk is rounding")
     for side, test in (("right", spectrum.right), ("left", spectrum.left)):
         if test is not None:
             notes += _test_note(side, test)
     return "; ".join(notes)
 
 
-def _rank_to_rounding(weight: torch.Tensor, s: torch.Tensor) -> int:
+def _rank_to_rounding(s: torch.Tensor, shape: tuple[int, int], precision: torch.finfo) -> int:
     """Singular values above the norm of the noise that rounding the entries to their dtype makes.
 
     An entry is rounded by its own precision, and by several times that where a sum made it.
     """
-    rounding = 4 * torch.finfo(weight.dtype).eps * math.sqrt(float(s @ s) / weight.numel() / 12)
-    return int((s > rounding * (math.sqrt(weight.shape[0]) + math.sqrt(weight.shape[1]))).sum())
+    rows, cols = shape
+    rounding = 4 * precision.eps * math.sqrt(float(s @ s) / (rows * cols) / 12)
+    return int((s > rounding * (math.sqrt(rows) + math.sqrt(cols))).sum())
 
 
 def _test_note(side: str, test: VectorTest) -> list[str]:
@@ -134,7 +127,7 @@ def _test_note(side: str, test: VectorTest) -> list[str]:
 
 def _control_columns(control: Spectrum, random: torch.Tensor, config: AnalysisConfig) -> dict[str, Any]:
     shape = (random.shape[0], random.shape[1])
-    sigma = sigma_of(config.sigma, control.s, shape, float(random.std(correction=0)))
+    sigma = sigma_of(config.sigma, control.s, shape, _entry_std(random, control.s))
     law = MarchenkoPastur(*shape, sigma)
     above, below = outliers(law, control.s)
     columns = {

@@ -121,6 +121,14 @@ def _stop_after(monkeypatch, count: int, error: BaseException) -> list[str]:
     return done
 
 
+def _leave_unfinished(analyzer: RMTAnalyzer, folder: Path, monkeypatch) -> None:
+    """A folder with five matrices done, as a run that died leaves it."""
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 5, _StopError())
+        with pytest.raises(_StopError):
+            analyzer.analyze(folder=folder, workers=1)
+
+
 @pytest.mark.parametrize("error", [_StopError(), KeyboardInterrupt()])
 def test_an_interrupted_run_goes_on_where_it_stopped(error, make_model, tmp_path, monkeypatch) -> None:
     analyzer = RMTAnalyzer(make_model("bert"))
@@ -149,10 +157,7 @@ def test_a_finished_run_is_read_again(make_model, tmp_path, monkeypatch) -> None
 
 def test_a_damaged_partial_result_is_computed_again(make_model, tmp_path, monkeypatch) -> None:
     analyzer = RMTAnalyzer(make_model("bert"))
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 5, _StopError())
-        with pytest.raises(_StopError):
-            analyzer.analyze(folder=tmp_path / "r", workers=1)
+    _leave_unfinished(analyzer, tmp_path / "r", monkeypatch)
     victim = next((tmp_path / "r" / "partial").glob("*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-50])
     assert len(analyzer.analyze(folder=tmp_path / "r")) == 13
@@ -242,10 +247,7 @@ def test_strict_holds_for_what_was_analysed_before(make_model, tmp_path) -> None
 
 def test_a_folder_in_use_is_refused(make_model, tmp_path, monkeypatch) -> None:
     analyzer = RMTAnalyzer(make_model("bert"))
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 5, _StopError())
-        with pytest.raises(_StopError):
-            analyzer.analyze(folder=tmp_path / "r", workers=1)
+    _leave_unfinished(analyzer, tmp_path / "r", monkeypatch)
     other = store._lock(tmp_path / "r" / "partial")
     assert other is not None
     with pytest.raises(ValueError, match="in use by another analysis"):
@@ -260,6 +262,8 @@ def test_float64_beyond_the_range_of_float32() -> None:
     model.weight.data = torch.randn(64, 64).double() * 1e40
     row = RMTAnalyzer(model).analyze().to_pandas().iloc[0]
     assert row["note"] == "" and row["s_max"] > 1e40 and row["n_above_tw"] == 0
+    row = RMTAnalyzer(model).analyze(sides="none", sigma="empirical").to_pandas().iloc[0]
+    assert row["sigma"] == pytest.approx(float(model.weight.std(correction=0)), rel=1e-9)
 
 
 def test_large_float32_entries_do_not_overflow_sigma() -> None:

@@ -122,8 +122,19 @@ def _rank_tolerance(s: torch.Tensor, longest: int) -> torch.Tensor:
     return s[0] * longest * torch.finfo(torch.float64).eps
 
 
-def _working_copy(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as float32 or float64, checked. bfloat16 and float16 are read exactly."""
+def count_not_finite(weight: torch.Tensor) -> int:
+    """Number of NaN and Inf entries of a float32 or float64 tensor."""
+    if bool(weight.sum().isfinite()):  # one pass in the usual case; a sum that overflows is looked into
+        return 0
+    return int((~weight.isfinite()).sum())
+
+
+def as_float(weight: torch.Tensor) -> torch.Tensor:
+    """The weight in float32 or float64, where the work on it is done; smaller dtypes are read exactly.
+
+    Raises:
+        ValueError: not a matrix, empty, on the meta device, or not floating point.
+    """
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"a matrix has two non-empty dimensions, this has shape {tuple(weight.shape)}")
     if weight.device.type == "meta":
@@ -133,9 +144,12 @@ def _working_copy(weight: torch.Tensor) -> torch.Tensor:
     weight = weight.detach()
     if weight.device.type == "mps":  # no float64 there
         weight = weight.cpu()
-    if weight.dtype not in (torch.float32, torch.float64):
-        weight = weight.float()
-    if not bool(weight.sum().isfinite()) and not bool(weight.isfinite().all()):
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+
+def _working_copy(weight: torch.Tensor) -> torch.Tensor:
+    weight = as_float(weight)
+    if count_not_finite(weight):
         raise ValueError("the matrix has NaN or Inf entries")
     return weight
 
