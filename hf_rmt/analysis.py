@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,26 +13,45 @@ from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.reports.result import MatrixResult, Spectrum
 from hf_rmt.theory.controls import control_matrix, seed_for
-from hf_rmt.theory.decomposition import as_float, count_not_finite, singular_values, svd
+from hf_rmt.theory.covariance import Eigenbasis, overlap, overlap_columns
+from hf_rmt.theory.decomposition import SVDFactors, as_float, count_not_finite, singular_values, svd
 from hf_rmt.theory.ks_null import MonteCarloNull
 from hf_rmt.theory.marchenko_pastur import MarchenkoPastur, sigma_of
 from hf_rmt.theory.singular_vectors import MIN_ENTRIES, VectorTest, test_vectors
 from hf_rmt.theory.statistics import Law, outliers, spectrum_statistics
 
 
-def analyse_matrix(matrix: WeightMatrix, config: AnalysisConfig, digest: bool = False) -> MatrixResult:
+@dataclass(frozen=True)
+class Bases:
+    """Eigenbases of the activations around one matrix: of what enters, and of what it puts out."""
+
+    right: Eigenbasis | None = None
+    left: Eigenbasis | None = None
+
+
+def analyse_matrix(
+    matrix: WeightMatrix, config: AnalysisConfig, digest: bool = False, bases: Bases | None = None
+) -> MatrixResult:
     """Everything a report says about one matrix.
 
     Args:
         matrix: which one; it is read once.
         config: the settings.
         digest: take a hash of the weights, by which a resumed run knows them.
+        bases: of its activations, for the overlaps.
 
     Raises:
         ValueError: the weight cannot be read, or, if ``config.strict``, is not finite.
     """
     weight = matrix.read()
-    hashed = digest_of(weight) if digest else ""
+    result = analyse_weight(matrix, weight, config, bases)[0]
+    return replace(result, digest=digest_of(weight)) if digest else result
+
+
+def analyse_weight(
+    matrix: WeightMatrix, weight: torch.Tensor, config: AnalysisConfig, bases: Bases | None = None
+) -> tuple[MatrixResult, SVDFactors | None]:
+    """The same of a matrix that has been read, with its factors; None where vectors were not asked for."""
     precision = torch.finfo(weight.dtype)
     weight = as_float(weight if config.device is None else weight.to(config.device))
     row = _labels(matrix)
@@ -39,24 +59,32 @@ def analyse_matrix(matrix: WeightMatrix, config: AnalysisConfig, digest: bool = 
         message = f"{bad} of {weight.numel()} entries are NaN or Inf"
         if config.strict:
             raise ValueError(f"{matrix.name}: {message}; repair the weights, or analyse without strict")
-        return MatrixResult(row=row | {"note": message}, digest=hashed)
-    spectrum = _spectrum(weight, config)
+        return MatrixResult(row=row | {"note": message}), None
+    spectrum, factors = _spectrum(weight, config)
     entry_std = _entry_std(weight, spectrum.s)
     law = Law.fit(config.sigma, spectrum.s, matrix.shape, entry_std, config.rate)
     row |= spectrum_statistics(spectrum.s, matrix.shape, entry_std, law) | _vector_columns(spectrum)
     row["note"] = _note(spectrum, matrix.shape, precision)
-    control = None
+    result = MatrixResult(s=spectrum.s, right=spectrum.right, left=spectrum.left, row=row)
     if config.control is not None:
         random = control_matrix(weight, config.control, seed_for(config.seed, matrix.name), law.mp.sigma)
-        control = _spectrum(random.to(weight.device), config)
+        control = _spectrum(random.to(weight.device), config)[0]
+        result = replace(result, control=control)
         row |= _control_columns(control, random, config)
-    return MatrixResult(s=spectrum.s, right=spectrum.right, left=spectrum.left, row=row, control=control, digest=hashed)
+    if factors is not None and bases is not None:
+        result = _with_overlaps(result, factors, bases)
+    return result, factors
 
 
 def digest_of(weight: torch.Tensor) -> str:
     """Hash of the values of a matrix."""
     data = weight.detach().cpu().contiguous().view(torch.uint8).numpy().data
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def fingerprint_of(weight: torch.Tensor) -> str:
+    """Hash of some rows of a matrix: tells one model from another at no cost."""
+    return digest_of(weight[:: max(1, len(weight) // 16)])
 
 
 def _labels(matrix: WeightMatrix) -> dict[str, Any]:
@@ -70,17 +98,32 @@ def _entry_std(weight: torch.Tensor, s: torch.Tensor) -> float:
     return math.sqrt(max(float(s @ s) / weight.numel() - mean**2, 0.0))
 
 
-def _spectrum(weight: torch.Tensor, config: AnalysisConfig) -> Spectrum:
+def _spectrum(weight: torch.Tensor, config: AnalysisConfig) -> tuple[Spectrum, SVDFactors | None]:
     if config.sides == "none":
-        return Spectrum(s=singular_values(weight).cpu())
+        return Spectrum(s=singular_values(weight).cpu()), None
     factors = svd(weight, torch.float32)
     null = MonteCarloNull(config.null_draws, config.seed) if config.null_draws else None
     testable = factors.testable()
-    return Spectrum(
+    spectrum = Spectrum(
         s=factors.s.cpu(),
         right=test_vectors(factors.vh, testable, null) if config.right else None,
         left=test_vectors(factors.u.mT, testable, null) if config.left else None,
     )
+    return spectrum, factors
+
+
+def _with_overlaps(result: MatrixResult, factors: SVDFactors, bases: Bases) -> MatrixResult:
+    """Overlaps of both sides with the activations, and the columns that sum them up."""
+    known = factors.testable()
+    right = overlap(factors.vh, bases.right, known) if bases.right is not None else None
+    left = overlap(factors.u.mT, bases.left, known) if bases.left is not None else None
+    edges = (result.row["lower_edge"], result.row["upper_edge"])
+    columns: dict[str, Any] = {}
+    for prefix, match, test in (("", right, result.right), ("left_", left, result.left)):
+        p_values = None if test is None else test.p_values
+        summary = overlap_columns(result.s, edges, match, p_values)
+        columns |= {prefix + key: value for key, value in summary.items()}
+    return replace(result, right_overlap=right, left_overlap=left, row=result.row | columns)
 
 
 def _vector_columns(spectrum: Spectrum) -> dict[str, Any]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_rmt.analysis import analyse_matrix, digest_of
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.matrices import WeightMatrix, select
-from hf_rmt.progress import progress_bar
-from hf_rmt.reports import store
+from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.reports.report import AnalysisReport
-from hf_rmt.reports.result import MatrixResult
-from hf_rmt.workers import run_longest_first, seconds_estimate, workers_for
+from hf_rmt.run import AnalysisRun
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,6 +84,7 @@ class RMTAnalyzer:
         *,
         roles: str | Collection[str] | None = None,
         blocks: int | Collection[int] | None = None,
+        covariances: ActivationCovariances | None = None,
         folder: str | Path | None = None,
         config: AnalysisConfig | None = None,
         **options: Any,
@@ -97,6 +94,8 @@ class RMTAnalyzer:
         Args:
             roles: roles or names, as they are or as fnmatch patterns; None for all.
             blocks: block numbers; None for all.
+            covariances: of the activations, from ``collect``: adds the overlaps of the singular vectors with
+                their eigenvectors (paper Eq. 8).
             folder: results are written here matrix by matrix, and the report at the end. Started
                 again with the same folder, a run that was killed goes on where it stopped.
             config: settings; see ``AnalysisConfig``.
@@ -104,119 +103,15 @@ class RMTAnalyzer:
 
         Raises:
             ValueError: a setting is out of range, nothing matches, the folder belongs to another
-                model or other settings, or (``strict``) a matrix is not finite.
+                model or other settings, the covariances are of another model, or (``strict``) a matrix is not finite.
             TypeError: an unknown setting.
             OSError: the folder cannot be written.
             RuntimeError: a library failed, on a matrix that the message names.
         """
         settings = AnalysisConfig.of(config, options)
         matrices = select(self.matrices, roles, blocks)
-        run = _Run(self, matrices, settings)
+        origin = {"model": self.model_id, "revision": self.revision}
+        run = AnalysisRun(matrices, settings, origin, covariances)
         if folder is None:
             return run.report(dict(run.results(range(len(matrices)))))
         return run.in_folder(Path(folder))
-
-
-class _Run:
-    """One analysis: the matrices chosen, the settings, and what a folder must agree with."""
-
-    def __init__(self, analyzer: RMTAnalyzer, matrices: list[WeightMatrix], config: AnalysisConfig):
-        self.matrices = matrices
-        self.config = config
-        self.settings = config.identity() | {
-            "model": analyzer.model_id,
-            "revision": analyzer.revision,
-            "versions": _versions(),
-        }
-
-    def identity(self) -> dict[str, Any]:
-        """What a folder must have been made for. Where the model was loaded from is no part of it."""
-        shapes = {matrix.name: [*matrix.shape, str(matrix.dtype)] for matrix in self.matrices}
-        return self.config.identity() | {"matrices": shapes}
-
-    def report(self, results: dict[int, MatrixResult]) -> AnalysisReport:
-        return AnalysisReport((results[index] for index in range(len(self.matrices))), self.settings)
-
-    def in_folder(self, folder: Path) -> AnalysisReport:
-        if store.is_report(folder):
-            return self._finished(folder)
-        partial = store.PartialRun(folder, self.identity())
-        try:
-            return self._resumed(partial, folder)
-        finally:
-            partial.close()
-
-    def _resumed(self, partial: store.PartialRun, folder: Path) -> AnalysisReport:
-        results = {}
-        for index in range(len(self.matrices)):
-            if (earlier := partial.read(index)) is not None:
-                self._check_same_weights(index, earlier, folder)
-                results[index] = earlier
-        left = [index for index in range(len(self.matrices)) if index not in results]
-        for index, result in self.results(left, digest=True, finished=len(results)):
-            partial.write(index, result)
-            results[index] = result
-        report = self.report(results)
-        report.save(folder)
-        partial.remove()
-        return report
-
-    def _finished(self, folder: Path) -> AnalysisReport:
-        """The report of an earlier run, if it is one of the same weights under the same settings."""
-        report = AnalysisReport.load(folder)
-        wanted = self.config.identity()
-        store.refuse_other(folder, {key: report.settings.get(key) for key in wanted}, wanted)
-        store.refuse_other(folder, {"matrices": list(report)}, {"matrices": [matrix.name for matrix in self.matrices]})
-        for index, result in enumerate(report.values()):
-            self._check_same_weights(index, result, folder)
-        return report
-
-    def _check_same_weights(self, index: int, earlier: MatrixResult, folder: Path) -> None:
-        matrix = self.matrices[index]
-        if not earlier.digest:
-            raise ValueError(f"{folder} holds a report that was saved without this run; give another folder")
-        if earlier.name != matrix.name or earlier.digest != digest_of(matrix.read()):
-            raise ValueError(
-                f"{folder} belongs to another model: the weights of {matrix.name} differ; give another folder"
-            )
-        if self.config.strict and not len(earlier.s):
-            raise ValueError(f"{matrix.name}: {earlier.row['note']}; repair the weights, or analyse without strict")
-
-    def results(
-        self, indices: Collection[int], digest: bool = False, finished: int = 0
-    ) -> Iterator[tuple[int, MatrixResult]]:
-        """Each matrix's result as it finishes."""
-        config, matrices = self.config, self.matrices
-        workers = config.workers or workers_for([matrices[index].shape for index in indices])
-        if any(_on_accelerator(matrices[index], config) for index in indices):
-            workers = 1  # one stream of work keeps an accelerator busy
-        with progress_bar(config.progress, len(matrices), finished) as advance:
-
-            def work(index: int) -> MatrixResult:
-                matrix = matrices[index]
-                advance(matrix.name, 0)
-                try:
-                    return analyse_matrix(matrix, config, digest)
-                except (RuntimeError, MemoryError) as error:  # of a library, which does not know what it worked on
-                    raise RuntimeError(f"{matrix.name}: {error}") from error
-
-            cost: Callable[[int], float] = lambda index: seconds_estimate(*matrices[index].shape)  # noqa: E731
-            for index, result in run_longest_first(list(indices), work, cost, workers):
-                advance(matrices[index].name, 1)
-                yield index, result
-
-
-def _on_accelerator(matrix: WeightMatrix, config: AnalysisConfig) -> bool:
-    kind = config.device.partition(":")[0] if config.device else matrix.device.type
-    return kind not in ("cpu", "meta", "mps")  # mps has no float64: its matrices are factored on the CPU
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    import hf_rmt
-
-    packages = ("torch", "transformers", "numpy", "scipy")
-    return {"hf_rmt": hf_rmt.__version__, "python": platform.python_version()} | {
-        package: importlib.metadata.version(package) for package in packages
-    }

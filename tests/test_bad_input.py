@@ -106,7 +106,7 @@ class _StopError(Exception):
 
 def _stop_after(monkeypatch, count: int, error: BaseException) -> list[str]:
     """Make the analysis of a model die after some matrices; returns what it analysed."""
-    import hf_rmt.analyzer as module
+    import hf_rmt.run as module
 
     done: list[str] = []
     original = module.analyse_matrix
@@ -137,7 +137,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(error, make_model, tmp_path
         done = _stop_after(patch, 5, error)
         with pytest.raises(type(error)):
             analyzer.analyze(folder=tmp_path / "r", seed=1, control="gaussian", workers=1)
-        assert len(done) == 5 and not store.is_report(tmp_path / "r")
+        assert len(done) == 5 and not store.is_saved(tmp_path / "r", "report")
     with monkeypatch.context() as patch:
         done = _stop_after(patch, 100, _StopError())
         resumed = analyzer.analyze(folder=tmp_path / "r", seed=1, control="gaussian", workers=1)

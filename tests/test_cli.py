@@ -87,13 +87,13 @@ def test_errors_are_one_line_and_2(arguments, message: str, checkpoint: Path, tm
 
 
 def test_ctrl_c(checkpoint: Path, tmp_path, monkeypatch, capsys) -> None:
-    import hf_rmt.analyzer
+    import hf_rmt.run
     from hf_rmt import cli as module
 
     def interrupt(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_rmt.analyzer, "analyse_matrix", interrupt)
+    monkeypatch.setattr(hf_rmt.run, "analyse_matrix", interrupt)
     monkeypatch.setattr(sys, "argv", ["hf-rmt", "analyze", str(checkpoint), "--out", str(tmp_path / "o")])
     with pytest.raises(SystemExit) as stop:
         module.main()

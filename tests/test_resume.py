@@ -42,7 +42,7 @@ def _stopped(minilm: Path, out: Path, how: signal.Signals) -> subprocess.Complet
 def test_killed_and_started_again(how: signal.Signals, minilm: Path, tmp_path: Path) -> None:
     stopped = _stopped(minilm, tmp_path / "r", how)
     done = len(list((tmp_path / "r" / "partial").glob("*.safetensors")))
-    assert 5 <= done < 37 and not store.is_report(tmp_path / "r")
+    assert 5 <= done < 37 and not store.is_saved(tmp_path / "r", "report")
     if how == signal.SIGINT:
         assert stopped.returncode == 2
         assert stopped.stderr.strip().splitlines()[-1].startswith("hf-rmt: interrupted; the same command")

@@ -64,6 +64,31 @@ CONTROL_COLUMNS: dict[str, str] = {
     "control_left_significant": "`left_significant` of the control, 0 to 1; about 0.01.",
 }
 
+#: Added where covariances of activations were given.
+OVERLAP_COLUMNS: dict[str, str] = {
+    "overlap_above": "Mean overlap of right singular vectors above the upper edge with the eigenvectors of the covariance "
+    "of what enters the matrix, 0 to 1; high means that these directions are the data's; empty where there are none.",
+    "overlap_bulk": "The same between the edges, 0 to 1; near its null for directions that were not learned.",
+    "overlap_below": "The same below the lower edge, 0 to 1; high means that small singular values hold features.",
+    "overlap_null": "The overlap that 99 % of random vectors stay below, 0 to 1; high where vectors are short.",
+    "overlap_rank_correlation": "Spearman correlation between overlap and -log p of the right vectors, -1 to 1; positive "
+    "means that vectors that are not random are the data's.",
+    "activation_rank": "Eigenvectors compared with: the rank of the covariance, 0 to n; below n where there were few "
+    "tokens or unused directions.",
+    "activation_top_share": "Share of the largest eigenvalue in the trace of the covariance, 0 to 1; high means that one "
+    "direction, often the mean, dominates.",
+    "activation_tokens": "Tokens behind the covariance, 1 or more.",
+    "left_overlap_above": "`overlap_above` of left singular vectors with the covariance of the outputs, 0 to 1; empty "
+    "where outputs were not collected.",
+    "left_overlap_bulk": "`overlap_bulk` of the left vectors, 0 to 1; as there.",
+    "left_overlap_below": "`overlap_below` of the left vectors, 0 to 1; as there.",
+    "left_overlap_null": "`overlap_null` of the left vectors, 0 to 1; as there.",
+    "left_overlap_rank_correlation": "`overlap_rank_correlation` of the left vectors, -1 to 1; as there.",
+    "left_activation_rank": "`activation_rank` of the outputs, 0 to m; at most n plus one, for the bias.",
+    "left_activation_top_share": "`activation_top_share` of the outputs, 0 to 1; as there.",
+    "left_activation_tokens": "Tokens behind the covariance of the outputs, 1 or more.",
+}
+
 #: Columns that say which matrix a row is about; all others are numbers, but for ``note``.
 LABELS = ("name", "role", "stack", "block", "expert", "part", "sigma_rule", "note")
 
@@ -75,6 +100,8 @@ def as_markdown() -> str:
     lines += [f"| `{name}` | {text} |" for name, text in COLUMNS.items()]
     lines += ["", "With `control=` given, also:", "", "| column | meaning |", "|---|---|"]
     lines += [f"| `{name}` | {text} |" for name, text in CONTROL_COLUMNS.items()]
+    lines += ["", "With `covariances=` given, also:", "", "| column | meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {text} |" for name, text in OVERLAP_COLUMNS.items()]
     return "\n".join(lines) + "\n"
 
 

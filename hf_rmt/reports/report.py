@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rmt.reports import store
-from hf_rmt.reports.columns import COLUMNS, CONTROL_COLUMNS, LABELS
+from hf_rmt.reports.columns import COLUMNS, CONTROL_COLUMNS, LABELS, OVERLAP_COLUMNS
 from hf_rmt.reports.result import MatrixResult
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _INTEGERS = ("block", "expert", "rows", "cols")
+_COUNTS = ("n_above", "n_below", "discoveries", "activation_rank", "activation_tokens")
 
 
 class AnalysisReport(Mapping[str, MatrixResult]):
@@ -62,8 +63,9 @@ class AnalysisReport(Mapping[str, MatrixResult]):
         import pandas as pd
 
         columns = list(COLUMNS) + (list(CONTROL_COLUMNS) if self.settings.get("control") else [])
+        columns += list(OVERLAP_COLUMNS) if self.settings.get("covariances") else []
         table = pd.DataFrame([result.row for result in self._results.values()], columns=columns)
-        counts = [column for column in columns if "n_above" in column or "n_below" in column or "discoveries" in column]
+        counts = [column for column in columns if any(word in column for word in _COUNTS)]
         for column in (*_INTEGERS, *counts):
             table[column] = table[column].astype("Int64")
         for column in table.columns.difference([*LABELS, *_INTEGERS, *counts]):
@@ -112,7 +114,7 @@ class AnalysisReport(Mapping[str, MatrixResult]):
             OSError: the folder cannot be written; nothing is left behind.
         """
         folder = Path(folder)
-        with store.staged(folder) as stage:
+        with store.staged(folder, "report") as stage:
             self.to_pandas().to_parquet(stage / "table.parquet", index=False)
             tensors = {
                 f"{index}/{key}": tensor
@@ -121,7 +123,7 @@ class AnalysisReport(Mapping[str, MatrixResult]):
             }
             descriptions = {str(i): result.description() for i, result in enumerate(self._results.values())}
             store.save_tensors(stage / "arrays.safetensors", tensors, descriptions)
-            store.write_manifest(stage, {"settings": self.settings, "matrices": list(self)})
+            store.write_manifest(stage, "report", {"settings": self.settings, "matrices": list(self)})
         return folder
 
     @classmethod
@@ -132,8 +134,8 @@ class AnalysisReport(Mapping[str, MatrixResult]):
             ValueError: there is none, or it is damaged; the message names the file.
         """
         folder = Path(folder)
-        manifest = store.read_manifest(folder)
-        tensors, descriptions = store.load_tensors(store.current(folder, "arrays.safetensors"))
+        manifest = store.read_manifest(folder, "report")
+        tensors, descriptions = store.load_tensors(store.current(folder, "report", "arrays.safetensors"))
         grouped: dict[str, dict[str, Any]] = {str(index): {} for index in range(len(manifest["matrices"]))}
         for key, tensor in tensors.items():
             index, _, rest = key.partition("/")

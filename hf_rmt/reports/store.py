@@ -1,4 +1,8 @@
-"""Writing files so that nothing half-written is ever taken for whole."""
+"""Writing files so that nothing half-written is ever taken for whole.
+
+A result of one *kind* (a report, covariances, a comparison) is a few files and a manifest
+``<kind>.json``; several kinds may share a folder.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +12,35 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 
 from hf_rmt.reports.result import MatrixResult
 
-_STAGE = ".incoming"
-_MANIFEST = "report.json"
+Kind = Literal["report", "covariances", "comparison"]
 _FORMAT = 1
 
 
-@contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder to write a report's files to; they appear in ``folder`` together or not at all.
+def _stage(folder: Path, kind: Kind) -> Path:
+    return folder / f".incoming-{kind}"
 
-    The manifest moves last: once it is in the stage the report is whole, and a reader who comes
+
+def _manifest(kind: Kind) -> str:
+    return f"{kind}.json"
+
+
+@contextlib.contextmanager
+def staged(folder: Path, kind: Kind) -> Iterator[Path]:
+    """A folder to write a result's files to; they appear in ``folder`` together or not at all.
+
+    The manifest moves last: once it is in the stage the result is whole, and a reader who comes
     before the rest has moved finds it with ``current``.
     """
     existed = folder.exists()
-    stage = folder / _STAGE
-    if (stage / _MANIFEST).is_file():  # of a save that died while its files moved
-        _move_into_place(stage)
+    stage = _stage(folder, kind)
+    if (stage / _manifest(kind)).is_file():  # of a save that died while its files moved
+        _move_into_place(stage, kind)
     try:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
@@ -41,25 +52,25 @@ def staged(folder: Path) -> Iterator[Path]:
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    _move_into_place(stage)  # from here on the stage is the report, and is never thrown away
+    _move_into_place(stage, kind)  # from here on the stage is the result, and is never thrown away
 
 
-def _move_into_place(stage: Path) -> None:
-    for name in sorted((path.name for path in stage.iterdir()), key=lambda name: name == _MANIFEST):
+def _move_into_place(stage: Path, kind: Kind) -> None:
+    for name in sorted((path.name for path in stage.iterdir()), key=lambda name: name == _manifest(kind)):
         os.replace(stage / name, stage.parent / name)
     stage.rmdir()
 
 
-def current(folder: Path, name: str) -> Path:
-    """Where a report's file is, also if the process died while its files moved into place."""
-    stage = folder / _STAGE
-    whole = (stage / _MANIFEST).is_file()
+def current(folder: Path, kind: Kind, name: str) -> Path:
+    """Where a result's file is, also if the process died while its files moved into place."""
+    stage = _stage(folder, kind)
+    whole = (stage / _manifest(kind)).is_file()
     return stage / name if whole and (stage / name).is_file() else folder / name
 
 
-def is_report(folder: Path) -> bool:
-    """Whether a finished report lies in this folder."""
-    return current(folder, _MANIFEST).is_file()
+def is_saved(folder: Path, kind: Kind) -> bool:
+    """Whether a whole result of this kind lies in this folder."""
+    return current(folder, kind, _manifest(kind)).is_file()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,27 +81,27 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(beside, path)
 
 
-def write_manifest(stage: Path, value: dict[str, Any]) -> None:
-    """The last file of a staged report."""
-    write_json(stage / _MANIFEST, {"format": _FORMAT, **value})
+def write_manifest(stage: Path, kind: Kind, value: dict[str, Any]) -> None:
+    """The last file of a staged result."""
+    write_json(stage / _manifest(kind), {"format": _FORMAT, **value})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a report.
+def read_manifest(folder: Path, kind: Kind) -> dict[str, Any]:
+    """The manifest of a result.
 
     Raises:
-        ValueError: no report, or not one of this library.
+        ValueError: no result of this kind, or not one of this library.
     """
-    path = current(folder, _MANIFEST)
+    path = current(folder, kind, _manifest(kind))
     if not path.is_file():
-        raise ValueError(f"{folder} holds no report: there is no {_MANIFEST} in it")
+        raise ValueError(f"{folder} holds no {kind}: there is no {path.name} in it")
     try:
         manifest = json.loads(path.read_text())
         if manifest["format"] == _FORMAT:
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path} is not the manifest of a report of this version of hf_rmt")
+    raise ValueError(f"{path} is not the manifest of a {kind} of this version of hf_rmt")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -131,7 +131,7 @@ def test_tensors_of_a_result_are_independent_of_the_model(make_model) -> None:
 
 
 def test_staging_is_cleaned_up_after_an_error(tmp_path) -> None:
-    with pytest.raises(RuntimeError), store.staged(tmp_path / "new") as stage:
+    with pytest.raises(RuntimeError), store.staged(tmp_path / "new", "report") as stage:
         (stage / "x").write_text("x")
         raise RuntimeError
     assert not (tmp_path / "new").exists()

@@ -1,0 +1,178 @@
+"""``ActivationCovariances``: what flowed through the matrices of a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_rmt.reports import store
+from hf_rmt.theory.covariance import Moments
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class ActivationCovariances(Mapping[str, Moments]):
+    """Moments of the activations that enter each matrix of a model, by the name of the matrix.
+
+    Matrices that read the same activations (query, key and value; gate and up) share one ``Moments``.
+    Those of several data sets add up: ``a + b``.
+
+    Attributes:
+        settings: model, number of batches, whether dropout was on, and ``centred``: which of the two
+            covariances an analysis takes.
+        fingerprints: hash of the weights of each matrix, by which an analysis knows that they belong
+            together; empty if they were collected while the weights moved.
+    """
+
+    def __init__(
+        self,
+        sums: dict[str, Moments],
+        inputs: dict[str, str],
+        outputs: dict[str, str],
+        settings: dict[str, Any],
+        fingerprints: dict[str, str],
+    ):
+        """``inputs`` and ``outputs`` say for each matrix which of the ``sums`` are its own."""
+        self._sums = sums
+        self._inputs = inputs
+        self._outputs = outputs
+        self.settings = {"centred": False} | settings
+        self.fingerprints = fingerprints
+
+    def __getitem__(self, name: str) -> Moments:
+        """Moments of what enters one matrix."""
+        if name not in self._inputs:
+            raise KeyError(f"no activations of {name!r} were collected; there are {', '.join(self._inputs) or 'none'}")
+        return self._sums[self._inputs[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def output(self, name: str) -> Moments | None:
+        """Moments of what one matrix puts out, bias included; None where outputs were not collected."""
+        key = self._outputs.get(name)
+        return None if key is None else self._sums[key]
+
+    def shared(self, name: str) -> list[str]:
+        """All matrices that read the same activations as this one."""
+        return [other for other, key in self._inputs.items() if key == self._inputs[name]]
+
+    def key(self, name: str, output: bool = False) -> str | None:
+        """What the sums of a matrix are called: the same for matrices that share them."""
+        return (self._outputs if output else self._inputs).get(name)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these covariances from others: their settings, and a hash of the means."""
+        hashed = hashlib.blake2b(digest_size=16)
+        for moments in self._sums.values():
+            hashed.update(moments.total.numpy().tobytes())
+        return self.settings | {"hash": hashed.hexdigest()}
+
+    @property
+    def centred(self) -> bool:
+        """Whether an analysis takes the mean out."""
+        return bool(self.settings["centred"])
+
+    def with_centring(self, centred: bool = True) -> ActivationCovariances:
+        """The same sums, of which an analysis takes the covariance about the mean."""
+        return self._like(settings=self.settings | {"centred": centred})
+
+    def for_any_weights(self) -> ActivationCovariances:
+        """The same sums, to hold against other weights of the same shapes, as those of a fine-tuned model."""
+        return self._like(fingerprints={})
+
+    def _like(self, **changes: Any) -> ActivationCovariances:
+        own = dict(sums=self._sums, inputs=self._inputs, outputs=self._outputs)
+        return ActivationCovariances(**{**own, "settings": self.settings, "fingerprints": self.fingerprints, **changes})
+
+    def __add__(self, other: ActivationCovariances) -> ActivationCovariances:
+        """The covariances of both data sets together.
+
+        Raises:
+            ValueError: they are of different matrices, weights or centring.
+        """
+        if not isinstance(other, ActivationCovariances):
+            return NotImplemented
+        self._check_addable(other)
+        sums = {key: moments + other._sums[key] for key, moments in self._sums.items()}
+        counts = {key: self.settings.get(key, 0) + other.settings.get(key, 0) for key in ("batches", "tokens")}
+        dropout = bool(self.settings.get("dropout") or other.settings.get("dropout"))
+        return self._like(sums=sums, settings=self.settings | counts | {"dropout": dropout})
+
+    def _check_addable(self, other: ActivationCovariances) -> None:
+        for mine, theirs in ((self._inputs, other._inputs), (self._outputs, other._outputs)):
+            if mine != theirs:
+                differing = sorted({*mine.items()} ^ {*theirs.items()})
+                names = ", ".join(sorted({name for name, _ in differing})[:5])
+                raise ValueError(f"covariances of different matrices cannot be added; they differ in {names}")
+        for key, moments in self._sums.items():
+            if len(moments.total) != len(other._sums[key].total):
+                raise ValueError(f"covariances of different models cannot be added; the widths of {key} differ")
+        if self.fingerprints != other.fingerprints:
+            raise ValueError("covariances of different weights cannot be added; see for_any_weights()")
+        if self.centred != other.centred:
+            raise ValueError("of these covariances one is centred and one is not; see with_centring()")
+
+    def __repr__(self) -> str:
+        model, tokens = self.settings.get("model"), self.settings.get("tokens")
+        kind = "centred" if self.centred else "uncentred"
+        of = f"{len(self)} matrices, {len(self._sums)} distinct, {tokens} tokens"
+        return f"ActivationCovariances({model!r}, {of}, {kind})"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a distinct covariance: its key, side, width, tokens, and the matrices that share it."""
+        import pandas as pd
+
+        rows = []
+        for side, names in (("input", self._inputs), ("output", self._outputs)):
+            for key in dict.fromkeys(names.values()):
+                own = [name for name, its in names.items() if its == key]
+                moments = self._sums[key]
+                rows.append([key, side, len(moments.total), moments.tokens, ", ".join(own)])
+        return pd.DataFrame(rows, columns=["key", "side", "width", "tokens", "matrices"])
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``covariances.safetensors`` and ``covariances.json``, all or nothing.
+
+        Raises:
+            OSError: the folder cannot be written; nothing is left behind.
+        """
+        folder = Path(folder)
+        tensors: dict[str, torch.Tensor] = {}
+        for key, moments in self._sums.items():
+            tensors |= {f"{key}/outer": moments.outer, f"{key}/total": moments.total}
+        with store.staged(folder, "covariances") as stage:
+            store.save_tensors(stage / "covariances.safetensors", tensors, {})
+            manifest = {
+                "settings": self.settings,
+                "inputs": self._inputs,
+                "outputs": self._outputs,
+                "sums": {key: [moments.tokens, moments.eps] for key, moments in self._sums.items()},
+                "fingerprints": self.fingerprints,
+            }
+            store.write_manifest(stage, "covariances", manifest)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ActivationCovariances:
+        """Read covariances that ``save`` wrote.
+
+        Raises:
+            ValueError: there are none, or they are damaged; the message names the file.
+        """
+        folder = Path(folder)
+        manifest = store.read_manifest(folder, "covariances")
+        tensors, _ = store.load_tensors(store.current(folder, "covariances", "covariances.safetensors"))
+        sums = {
+            key: Moments(tensors[f"{key}/outer"], tensors[f"{key}/total"], tokens, eps)
+            for key, (tokens, eps) in manifest["sums"].items()
+        }
+        return cls(sums, manifest["inputs"], manifest["outputs"], manifest["settings"], manifest["fingerprints"])

@@ -1,0 +1,195 @@
+"""Many matrices through an analysis: shared out, kept as they finish, resumed after a kill."""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_rmt.analysis import Bases, analyse_matrix, digest_of, fingerprint_of
+from hf_rmt.config import AnalysisConfig
+from hf_rmt.models.matrices import WeightMatrix
+from hf_rmt.progress import progress_bar
+from hf_rmt.reports import store
+from hf_rmt.reports.covariances import ActivationCovariances
+from hf_rmt.reports.report import AnalysisReport
+from hf_rmt.reports.result import MatrixResult
+from hf_rmt.theory.covariance import Eigenbasis
+from hf_rmt.workers import run_longest_first, seconds_estimate, workers_for
+
+
+class AnalysisRun:
+    """One analysis: the matrices chosen, the settings, and what a folder must agree with."""
+
+    def __init__(
+        self,
+        matrices: list[WeightMatrix],
+        config: AnalysisConfig,
+        origin: dict[str, Any],
+        covariances: ActivationCovariances | None = None,
+    ):
+        """``origin`` says where the model came from.
+
+        Raises:
+            ValueError: the covariances are not of these matrices.
+        """
+        self.matrices = matrices
+        self.config = config
+        self.bases = None if covariances is None else _EigenbasisPool(covariances, matrices)
+        self.decisive = config.identity() | {"covariances": None if covariances is None else covariances.identity()}
+        self.settings = self.decisive | origin | {"versions": _versions()}
+
+    def identity(self) -> dict[str, Any]:
+        """What a folder must have been made for. Where the model was loaded from is no part of it."""
+        shapes = {matrix.name: [*matrix.shape, str(matrix.dtype)] for matrix in self.matrices}
+        return self.decisive | {"matrices": shapes}
+
+    def report(self, results: dict[int, MatrixResult]) -> AnalysisReport:
+        """The report of all matrices, by their positions."""
+        return AnalysisReport((results[index] for index in range(len(self.matrices))), self.settings)
+
+    def in_folder(self, folder: Path) -> AnalysisReport:
+        """The report, kept in a folder matrix by matrix; what an earlier run left there is used."""
+        if store.is_saved(folder, "report"):
+            return self._finished(folder)
+        partial = store.PartialRun(folder, self.identity())
+        try:
+            return self._resumed(partial, folder)
+        finally:
+            partial.close()
+
+    def _resumed(self, partial: store.PartialRun, folder: Path) -> AnalysisReport:
+        results = {}
+        for index in range(len(self.matrices)):
+            if (earlier := partial.read(index)) is not None:
+                self._check_same_weights(index, earlier, folder)
+                results[index] = earlier
+        left = [index for index in range(len(self.matrices)) if index not in results]
+        for index, result in self.results(left, digest=True, finished=len(results)):
+            partial.write(index, result)
+            results[index] = result
+        report = self.report(results)
+        report.save(folder)
+        partial.remove()
+        return report
+
+    def _finished(self, folder: Path) -> AnalysisReport:
+        """The report of an earlier run, if it is one of the same weights under the same settings."""
+        report = AnalysisReport.load(folder)
+        wanted = self.decisive
+        store.refuse_other(folder, {key: report.settings.get(key) for key in wanted}, wanted)
+        store.refuse_other(folder, {"matrices": list(report)}, {"matrices": [matrix.name for matrix in self.matrices]})
+        for index, result in enumerate(report.values()):
+            self._check_same_weights(index, result, folder)
+        return report
+
+    def _check_same_weights(self, index: int, earlier: MatrixResult, folder: Path) -> None:
+        matrix = self.matrices[index]
+        if not earlier.digest:
+            raise ValueError(f"{folder} holds a report that was saved without this run; give another folder")
+        if earlier.name != matrix.name or earlier.digest != digest_of(matrix.read()):
+            raise ValueError(
+                f"{folder} belongs to another model: the weights of {matrix.name} differ; give another folder"
+            )
+        if self.config.strict and not len(earlier.s):
+            raise ValueError(f"{matrix.name}: {earlier.row['note']}; repair the weights, or analyse without strict")
+
+    def results(
+        self, indices: Collection[int], digest: bool = False, finished: int = 0
+    ) -> Iterator[tuple[int, MatrixResult]]:
+        """Each matrix's result as it finishes."""
+        config, matrices, bases = self.config, self.matrices, self.bases
+        workers = config.workers or workers_for([matrices[index].shape for index in indices])
+        if any(_on_accelerator(matrices[index], config) for index in indices):
+            workers = 1  # one stream of work keeps an accelerator busy
+        with progress_bar(config.progress, len(matrices), finished) as advance:
+
+            def work(index: int) -> MatrixResult:
+                matrix = matrices[index]
+                advance(matrix.name, 0)
+                try:
+                    return analyse_matrix(matrix, config, digest, bases.of(matrix) if bases is not None else None)
+                except (RuntimeError, MemoryError) as error:  # of a library, which does not know what it worked on
+                    raise RuntimeError(f"{matrix.name}: {error}") from error
+
+            cost: Callable[[int], float] = lambda index: seconds_estimate(*matrices[index].shape)  # noqa: E731
+            for index, result in run_longest_first(list(indices), work, cost, workers):
+                advance(matrices[index].name, 1)
+                yield index, result
+
+
+class _EigenbasisPool:
+    """Eigenbases of the activations around each matrix, computed once for all that share them.
+
+    One is kept from the first matrix that asks for it to the last.
+    """
+
+    def __init__(self, covariances: ActivationCovariances, matrices: list[WeightMatrix]):
+        _check_covariances(covariances, matrices)
+        self.covariances = covariances
+        keys = (covariances.key(matrix.name, output) for matrix in matrices for output in (False, True))
+        self.uses = Counter(key for key in keys if key is not None)
+        self.locks = {key: threading.Lock() for key in self.uses}
+        self.kept: dict[str, Eigenbasis] = {}
+
+    def of(self, matrix: WeightMatrix) -> Bases:
+        """Both bases of one matrix; to be asked for once."""
+        expected = self.covariances.fingerprints.get(matrix.name)
+        if expected is not None and expected != fingerprint_of(matrix.read()):
+            raise ValueError(
+                f"{matrix.name}: the covariances were collected with other weights than these: collect them again, "
+                "or pass covariances.for_any_weights() to hold them against these all the same"
+            )
+        return Bases(self._basis(matrix.name, False), self._basis(matrix.name, True))
+
+    def _basis(self, name: str, output: bool) -> Eigenbasis | None:
+        key = self.covariances.key(name, output)
+        if key is None:
+            return None
+        with self.locks[key]:
+            if key not in self.kept:
+                moments = self.covariances.output(name) if output else self.covariances[name]
+                assert moments is not None
+                self.kept[key] = moments.eigenbasis(self.covariances.centred)
+            self.uses[key] -= 1
+            return self.kept[key] if self.uses[key] else self.kept.pop(key)
+
+
+def _check_covariances(covariances: ActivationCovariances, matrices: list[WeightMatrix]) -> None:
+    """Raise unless there are covariances, of the right width, of every matrix that was called."""
+    silent = set(covariances.settings.get("silent", ()))
+    missing = [m.name for m in matrices if m.name not in covariances and m.name not in silent]
+    if missing:
+        raise ValueError(
+            f"the covariances are of another model, or of other roles and blocks: they lack {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        )
+    for matrix in matrices:
+        for side, width, moments in (
+            ("inputs", matrix.shape[1], covariances.get(matrix.name)),
+            ("outputs", matrix.shape[0], covariances.output(matrix.name)),
+        ):
+            if moments is not None and len(moments.total) != width:
+                raise ValueError(
+                    f"the covariances are of another model: {matrix.name} has {width} {side}, "
+                    f"they have {len(moments.total)}"
+                )
+
+
+def _on_accelerator(matrix: WeightMatrix, config: AnalysisConfig) -> bool:
+    kind = config.device.partition(":")[0] if config.device else matrix.device.type
+    return kind not in ("cpu", "meta", "mps")  # mps has no float64: its matrices are factored on the CPU
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    import hf_rmt
+
+    packages = ("torch", "transformers", "numpy", "scipy")
+    return {"hf_rmt": hf_rmt.__version__, "python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in packages
+    }
