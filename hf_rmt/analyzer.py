@@ -6,8 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_rmt.config import AnalysisConfig
+from hf_rmt.comparing import ComparisonRun, analyzers_of
+from hf_rmt.config import AnalysisConfig, CollectConfig
 from hf_rmt.models.matrices import WeightMatrix, select
+from hf_rmt.reports.comparison import ModelComparison
 from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.reports.report import AnalysisReport
 from hf_rmt.run import AnalysisRun
@@ -35,6 +37,7 @@ class RMTAnalyzer:
 
         if not hasattr(model, "named_modules"):
             raise TypeError(f"RMTAnalyzer takes a model, not {model!r}; for a folder or Hub id use from_checkpoint")
+        self.model: nn.Module | None = model
         config = getattr(unwrap(model), "config", None)
         self._open(
             matrices_of(model, adapters),
@@ -62,6 +65,7 @@ class RMTAnalyzer:
 
         folder, commit = locate(source, revision)
         analyzer = cls.__new__(cls)
+        analyzer.model = None
         analyzer._open(Checkpoint(folder).matrices(), str(source), commit, embeddings, head)
         return analyzer
 
@@ -75,6 +79,11 @@ class RMTAnalyzer:
         if not self.matrices:
             left_out = ", ".join(matrix.name for matrix in matrices) or "none"
             raise ValueError(f"{model} has no weight matrix to analyse (embeddings and heads left out: {left_out})")
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the model came from."""
+        return {"model": self.model_id, "revision": self.revision}
 
     def __repr__(self) -> str:
         return f"RMTAnalyzer({self.model_id!r}, {len(self.matrices)} matrices)"
@@ -110,8 +119,83 @@ class RMTAnalyzer:
         """
         settings = AnalysisConfig.of(config, options)
         matrices = select(self.matrices, roles, blocks)
-        origin = {"model": self.model_id, "revision": self.revision}
-        run = AnalysisRun(matrices, settings, origin, covariances)
+        run = AnalysisRun(matrices, settings, self.origin, covariances)
         if folder is None:
             return run.report(dict(run.results(range(len(matrices)))))
+        return run.in_folder(Path(folder))
+
+    def collect(
+        self,
+        data: Any,
+        *,
+        roles: str | Collection[str] | None = None,
+        blocks: int | Collection[int] | None = None,
+        folder: str | Path | None = None,
+        config: CollectConfig | None = None,
+        **options: Any,
+    ) -> ActivationCovariances:
+        """Run the model over data and sum up what flows through its matrices (paper Eq. 7).
+
+        The model runs as it is, in train or eval mode, without gradients. Padding does not count. Over several
+        processes each takes its share of the data, and all get the same result.
+
+        Args:
+            data: texts (a list, a ``datasets.Dataset``, a file, a Hub id) or batches (a DataLoader or list of
+                dicts of the model's arguments).
+            roles, blocks: as for ``analyze``.
+            folder: the result is written here; started again with the same folder and data, a run that was
+                killed goes on where it stopped, to two minutes.
+            config: settings; see ``CollectConfig``.
+            **options: single settings, as ``outputs=True`` or ``max_tokens=100_000``; they win over ``config``.
+
+        Raises:
+            ValueError: a checkpoint without a model; no batches, or batches without the model's inputs; an
+                attention mask of zeros; NaN or Inf among the activations; too little memory for one sum; a folder
+                of another model or other data. The message names the module or the batch.
+            TypeError: an unknown setting.
+            RuntimeError: another process failed.
+        """
+        from hf_rmt.collecting import CollectionRun
+        from hf_rmt.models.batches import Batches
+
+        settings = CollectConfig.of(config, options)
+        if self.model is None:
+            raise ValueError(f"{self.model_id} was not loaded, so nothing can run: use RMTAnalyzer(model)")
+        run = CollectionRun(self.model, select(self.matrices, roles, blocks), settings)
+        heads = any(matrix.kind == "head" for matrix in run.matrices)
+        batches = Batches(data, self.model, settings.tokenizer, settings.for_texts(), every_logit=heads)
+        return run.over(batches, self.origin, None if folder is None else Path(folder))
+
+    @staticmethod
+    def compare(
+        before: nn.Module | RMTAnalyzer | str | Path,
+        after: nn.Module | RMTAnalyzer | str | Path | None = None,
+        *,
+        roles: str | Collection[str] | None = None,
+        blocks: int | Collection[int] | None = None,
+        folder: str | Path | None = None,
+        config: AnalysisConfig | None = None,
+        **options: Any,
+    ) -> ModelComparison:
+        """Compare a model before and after training (paper App. D): in which part of the spectrum did it act?
+
+        Args:
+            before, after: models, analyzers, checkpoint folders, Hub ids, or folders of peft adapters. A model
+                with adapters alone, without ``after``, is compared with its own base; so is one with the base
+                that it was made from, as the two are one model in memory.
+            roles, blocks: as for ``analyze``, among the matrices that both sides have.
+            folder: as for ``analyze``; the comparison is written there, and the reports of both sides.
+            config, **options: as for ``analyze``; ``sides="none"`` leaves out all that needs singular vectors.
+
+        Raises:
+            ValueError: as ``analyze``; matrices differ in shape (the message lists them), the models have
+                none in common, or there is nothing to compare with.
+            TypeError: a side is no model, or an unknown setting.
+            OSError: the folder cannot be written.
+            RuntimeError: a library failed, on a matrix that the message names.
+        """
+        settings = AnalysisConfig.of(config, options)
+        run = ComparisonRun(*analyzers_of(before, after), settings, roles, blocks)
+        if folder is None:
+            return run.comparison(dict(run.results(range(len(run.pairs)))))
         return run.in_folder(Path(folder))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ import click
 from hf_rmt import __version__
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from hf_rmt.analyzer import RMTAnalyzer
+    from hf_rmt.reports.comparison import ModelComparison
+    from hf_rmt.reports.covariances import ActivationCovariances
     from hf_rmt.reports.report import AnalysisReport
 
 _OUT_HELP = "Folder for the report and the pictures; an unfinished analysis there is resumed."
@@ -53,37 +55,95 @@ def cli() -> None:
     """Random matrix theory for Hugging Face models: find what was learned, and work on exactly that."""
 
 
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, in their order in the help."""
+    return lambda command: functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+#: What every command that analyses takes.
+_analysis_options = _options(
+    click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help=_OUT_HELP),
+    click.option("--role", "roles", multiple=True, help="Role, name or pattern; repeat for several."),
+    click.option("--blocks", type=_Blocks(), help="Blocks, as in 0-3,7."),
+    click.option("--sides", default="both", show_default=True, help="Vectors to test: both, right, left, none."),
+    click.option(
+        "--sigma", type=_NumberOrRule(), default="bulk", show_default=True, help="bulk, empirical, init, a number."
+    ),
+    click.option("--rate", default=0.01, show_default=True, help="False-positive rate of the Tracy-Widom thresholds."),
+    click.option("--device", help="Where to factor matrices, as in cuda:0."),
+    click.option("--workers", type=int, help="Matrices at a time on the CPU."),
+    click.option("--strict", is_flag=True, help="Stop at a matrix with NaN or Inf entries."),
+    click.option("--plots/--no-plots", default=True, help="Draw the paper's figures into the folder."),
+)
+
+#: With data: what flows through the weights.
+_text_options = _options(
+    click.option("--text", help="Also run the model over texts and add overlaps: a file, data set folder or Hub id."),
+    click.option("--column", "columns", multiple=True, help="Text column of the data set; twice for pairs."),
+    click.option("--max-tokens", type=int, help="Stop after so many tokens."),
+    click.option("--batch-size", default=16, show_default=True, help="Texts a batch."),
+    click.option("--outputs", is_flag=True, help="Overlaps of left vectors with the outputs too."),
+    click.option("--centred", is_flag=True, help="Take the mean out of the activations."),
+)
+
+
 @cli.command()
 @click.argument("model")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help=_OUT_HELP)
-@click.option("--role", "roles", multiple=True, help="Role, name or pattern; repeat for several.")
-@click.option("--blocks", type=_Blocks(), help="Blocks, as in 0-3,7.")
-@click.option("--sides", default="both", show_default=True, help="Vectors to test: both, right, left, none.")
-@click.option(
-    "--sigma", type=_NumberOrRule(), default="bulk", show_default=True, help="bulk, empirical, init, a number."
-)
-@click.option("--rate", default=0.01, show_default=True, help="False-positive rate of the Tracy-Widom thresholds.")
+@_analysis_options
 @click.option("--control", help="Analyse a random control beside each matrix: gaussian or shuffled.")
 @click.option("--null-draws", type=int, help="Monte Carlo draws instead of the shipped null table.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the control and of the draws.")
-@click.option("--device", help="Where to factor matrices, as in cuda:0.")
-@click.option("--workers", type=int, help="Matrices at a time on the CPU.")
-@click.option("--strict", is_flag=True, help="Stop at a matrix with NaN or Inf entries.")
 @click.option("--embeddings", is_flag=True, help="Analyse embeddings too.")
 @click.option("--head", is_flag=True, help="Analyse the head too.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--plots/--no-plots", default=True, help="Draw the paper's figures into the folder.")
+@_text_options
 def analyze(model: str, out: Path, plots: bool, **options: Any) -> None:
     """Hold the weights of MODEL, a checkpoint folder or Hub id, against random matrix theory.
 
-    No model is built and no data is needed.
+    Without --text no model is built and no data is needed.
     """
     from hf_rmt import RMTAnalyzer
 
-    which = {key: options.pop(key) for key in ("revision", "embeddings", "head")}
+    which = {key: options.pop(key) for key in ("embeddings", "head")}
+    revision = options.pop("revision")
+    text = {key: options.pop(key) for key in ("text", "columns", "max_tokens", "batch_size", "outputs", "centred")}
     options["roles"] = options["roles"] or None
-    report = RMTAnalyzer.from_checkpoint(model, **which).analyze(folder=out, **options)
-    _finish(report, out, plots)
+    if text["text"] is None:
+        analyzer = RMTAnalyzer.from_checkpoint(model, revision=revision, **which)
+    else:
+        from hf_rmt.models.loading import load_model
+
+        analyzer = RMTAnalyzer(load_model(model, revision), **which)
+        options["covariances"] = _collect(analyzer, out, options, text)
+    _finish(analyzer.analyze(folder=out, **options), out, plots)
+
+
+def _collect(analyzer: RMTAnalyzer, out: Path, options: dict[str, Any], text: dict[str, Any]) -> ActivationCovariances:
+    """The covariances that the options of texts ask for."""
+    centred, data = text.pop("centred"), text.pop("text")
+    text["columns"] = text["columns"] or None
+    chosen = {key: options[key] for key in ("roles", "blocks")}
+    return analyzer.collect(data, folder=out, **chosen, **text).with_centring(centred)
+
+
+@cli.command()
+@click.argument("before")
+@click.argument("after")
+@_analysis_options
+def compare(before: str, after: str, out: Path, plots: bool, **options: Any) -> None:
+    """Tell in which part of the spectrum training turned BEFORE into AFTER.
+
+    Each is a checkpoint folder, a Hub id, or the folder of a peft adapter.
+    """
+    from rich.console import Console
+
+    from hf_rmt import RMTAnalyzer
+    from hf_rmt.tables import comparison_table
+
+    options["roles"] = options["roles"] or None
+    comparison = RMTAnalyzer.compare(before, after, folder=out, **options)
+    Console().print(comparison_table(comparison))
+    _draw(comparison, out, plots, "comparison")
 
 
 @cli.command()
@@ -108,61 +168,22 @@ def _minilm() -> Path:
 def _finish(report: AnalysisReport, out: Path, plots: bool) -> None:
     from rich.console import Console
 
-    Console().print(_table(report))
+    from hf_rmt.tables import overlap_table, report_table
+
+    Console().print(report_table(report))
+    if report.settings.get("covariances"):
+        Console().print(overlap_table(report))
+    _draw(report, out, plots, "report")
+
+
+def _draw(result: AnalysisReport | ModelComparison, out: Path, plots: bool, kind: str) -> None:
+    """Draw the pictures, where that is possible, and say where everything is."""
     drawn = plots and find_spec("matplotlib") is not None
     if drawn:
-        report.plot(out)
+        result.plot(out)
     elif plots:
         click.echo('no pictures without matplotlib: pip install "hf_rmt[plots]"', err=True)
-    click.echo(f"report{' and pictures' if drawn else ''} of {len(report)} matrices: {out}")
-
-
-#: Heading -> column of ``by_role`` and whether it is a share.
-_SHOWN = {
-    "above\nbulk": ("n_above_bulk", False),
-    "above\nempir.": ("n_above_empirical", False),
-    "above\ninit": ("n_above_init", False),
-    "above\nTW": ("n_above_tw", False),
-    "below\nTW": ("n_below_tw", False),
-    "right\np<.01": ("right_significant", True),
-    "left\np<.01": ("left_significant", True),
-}
-
-
-def _table(report: AnalysisReport) -> Table:
-    """The table by role: means over blocks, with their spread."""
-    from rich import box
-    from rich.table import Table
-
-    settings = report.settings
-    table = Table(
-        title="Deviations from random matrix theory by role: mean over blocks ± spread",
-        caption="above: singular values beyond the upper Marchenko-Pastur edge, under three rules for sigma; "
-        f"TW: beyond the Tracy-Widom thresholds at rate {settings['rate']:g}, sigma {settings['sigma']}; "
-        "p<.01: share of singular vectors with so small a p-value, 1 % for a random matrix",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("role", no_wrap=True)
-    table.add_column("blocks", justify="right", no_wrap=True)
-    for heading in _SHOWN:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for role, row in report.by_role().iterrows():
-        name = " ".join(role) if isinstance(role, tuple) else str(role)
-        cells = [_cell(row[(column, "mean")], row[(column, "std")], share) for column, share in _SHOWN.values()]
-        table.add_row(name, str(int(row[("blocks", "count")])), *cells)
-    return table
-
-
-def _cell(mean: float, spread: float, share: bool) -> str:
-    """NaN means that nothing was computed, or that there is one block and so no spread."""
-    if math.isnan(mean):
-        return ""
-    if share:
-        return f"{mean:.1%}"
-    return f"{mean:.0f}" if math.isnan(spread) else f"{mean:.0f} ±{spread:.0f}"
+    click.echo(f"{kind}{' and pictures' if drawn else ''} of {len(result)} matrices: {out}")
 
 
 def main() -> None:

@@ -1,14 +1,16 @@
-"""The settings of an analysis."""
+"""The settings of an analysis, and of a collection of activations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from hf_rmt.theory.controls import CONTROLS, Control
 from hf_rmt.theory.marchenko_pastur import SIGMA_RULES, SigmaRule, check_sigma
 from hf_rmt.theory.tracy_widom import check_rate
 
+Config = TypeVar("Config", "AnalysisConfig", "CollectConfig")
 Sides = Literal["both", "right", "left", "none"]
 #: Settings that say how the work is done and not what comes out.
 _EXECUTION = ("device", "workers", "progress", "strict")
@@ -65,10 +67,7 @@ class AnalysisConfig:
     @classmethod
     def of(cls, config: AnalysisConfig | None, options: dict[str, Any]) -> AnalysisConfig:
         """A configuration with some fields replaced; an unknown field raises a TypeError that lists them."""
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(options) - set(known)):
-            raise TypeError(f"analyze() has no option {', '.join(unknown)}; there are {', '.join(known)}")
-        return cls(**{**(asdict(config) if config else {}), **options})
+        return _with_options(cls, config, options)
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the numbers; two runs that share them give the same report."""
@@ -83,6 +82,52 @@ class AnalysisConfig:
     def left(self) -> bool:
         """Whether left singular vectors are tested."""
         return self.sides in ("both", "left")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """How activations are collected; each field is also a keyword of ``RMTAnalyzer.collect``.
+
+    Attributes:
+        outputs: sum up what the matrices put out too, for the overlaps of left singular vectors.
+        memory: bytes for the sums, 12 n^2 for each distinct input of n features; where they do not fit, the
+            data is gone through several times. None takes half of the free memory.
+        progress: show a progress bar; None shows one on a terminal.
+        tokenizer: for texts; None takes the model's own.
+        columns: of a data set, one column of texts or two for pairs; None takes the usual ones.
+        batch_size: texts a batch.
+        max_length: tokens a text; longer ones are cut. None takes the model's limit, at most 512.
+        max_tokens: stop after so many tokens; None takes all.
+    """
+
+    outputs: bool = False
+    memory: float | None = None
+    progress: bool | None = None
+    tokenizer: Any = None
+    columns: str | Sequence[str] | None = None
+    batch_size: int = 16
+    max_length: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"memory is {self.memory!r}: give a number of bytes, or None")
+
+    @classmethod
+    def of(cls, config: CollectConfig | None, options: dict[str, Any]) -> CollectConfig:
+        """A configuration with some fields replaced; an unknown field raises a TypeError that lists them."""
+        return _with_options(cls, config, options)
+
+    def for_texts(self) -> dict[str, Any]:
+        """The keywords of ``text_batches``."""
+        return {key: getattr(self, key) for key in ("columns", "batch_size", "max_length", "max_tokens")}
+
+
+def _with_options(cls: type[Config], config: Config | None, options: dict[str, Any]) -> Config:
+    known = [field.name for field in fields(cls)]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"there is no option {', '.join(unknown)}; there are {', '.join(known)}")
+    return cls(**{**(vars(config) if config else {}), **options})
 
 
 def _usable_device(device: object) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def progress_bar(wanted: bool | None, total: int, finished: int = 0) -> Iterator[Callable[[str, int], None]]:
+def progress_bar(wanted: bool | None, total: int | None, finished: int = 0) -> Iterator[Callable[[str, int], None]]:
     """Gives ``advance(name, steps)`` while a bar is shown on the standard error stream.
 
     Args:
         wanted: show it; None shows it on a terminal or in a notebook.
-        total: number of steps.
+        total: number of steps; None if it is not known.
         finished: steps done before.
     """
     from rich.console import Console

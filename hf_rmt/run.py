@@ -34,8 +34,13 @@ class AnalysisRun:
         """``origin`` says where the model came from.
 
         Raises:
-            ValueError: the covariances are not of these matrices.
+            ValueError: the covariances are not of these matrices, or nothing is to be held against them.
         """
+        if covariances is not None and config.sides == "none":
+            raise ValueError(
+                "sides='none' computes no singular vectors, so the covariances would not be used: "
+                "analyse with sides 'both', 'right' or 'left', or without covariances"
+            )
         self.matrices = matrices
         self.config = config
         self.bases = None if covariances is None else _EigenbasisPool(covariances, matrices)
@@ -102,9 +107,7 @@ class AnalysisRun:
     ) -> Iterator[tuple[int, MatrixResult]]:
         """Each matrix's result as it finishes."""
         config, matrices, bases = self.config, self.matrices, self.bases
-        workers = config.workers or workers_for([matrices[index].shape for index in indices])
-        if any(_on_accelerator(matrices[index], config) for index in indices):
-            workers = 1  # one stream of work keeps an accelerator busy
+        workers = matrices_at_a_time([matrices[index] for index in indices], config)
         with progress_bar(config.progress, len(matrices), finished) as advance:
 
             def work(index: int) -> MatrixResult:
@@ -179,9 +182,17 @@ def _check_covariances(covariances: ActivationCovariances, matrices: list[Weight
                 )
 
 
-def _on_accelerator(matrix: WeightMatrix, config: AnalysisConfig) -> bool:
-    kind = config.device.partition(":")[0] if config.device else matrix.device.type
-    return kind not in ("cpu", "meta", "mps")  # mps has no float64: its matrices are factored on the CPU
+def matrices_at_a_time(matrices: list[WeightMatrix], config: AnalysisConfig, copies: int = 1) -> int:
+    """How many matrices to work on at a time, where each takes the memory of several.
+
+    One, where an accelerator does the work, which one stream keeps busy, and where weights are sharded, which
+    all processes read in one order.
+    """
+    kinds = {config.device.partition(":")[0] if config.device else matrix.device.type for matrix in matrices}
+    # mps has no float64: its matrices are factored on the CPU
+    if kinds - {"cpu", "meta", "mps"} or any(getattr(matrix.load, "collective", False) for matrix in matrices):
+        return 1
+    return config.workers or workers_for([matrix.shape for matrix in matrices], copies)
 
 
 def _versions() -> dict[str, str]:

@@ -45,9 +45,12 @@ def _cgroup(name: str) -> list[int | None]:
     return [int(word) if word.isdigit() else None for word in words]
 
 
-def workers_for(shapes: Sequence[tuple[int, int]]) -> int:
-    """How many matrices to factor at a time: one a core, if half of the free memory holds them all."""
-    largest = max((working_bytes(*shape) for shape in shapes), default=1)
+def workers_for(shapes: Sequence[tuple[int, int]], copies: int = 1) -> int:
+    """How many matrices to factor at a time: one a core, if half of the free memory holds them all.
+
+    ``copies``: how many matrices of such a shape each of them takes the memory of.
+    """
+    largest = max((copies * working_bytes(*shape) for shape in shapes), default=1)
     fits = int(free_memory() / 2 // largest)
     return max(1, min(cores(), len(shapes), fits))
 

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from click.testing import CliRunner
 
-from hf_rmt import AnalysisReport, __version__
+from hf_rmt import AnalysisReport, ModelComparison, __version__
 from hf_rmt.cli import cli
 
 
@@ -119,6 +121,71 @@ def test_the_example_runs(checkpoint: Path, tmp_path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "control_n_above" in result.stdout and len(AnalysisReport.load(tmp_path / "o")) == 14
+
+
+@pytest.fixture
+def trained(make_model, tmp_path) -> Path:
+    """The checkpoint with a little noise on every query."""
+    model = make_model("llama")
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name:
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_compare_writes_a_comparison_with_pictures(checkpoint: Path, trained: Path, tmp_path) -> None:
+    out = tmp_path / "out"
+    result = _run("compare", str(checkpoint), str(trained), "--out", str(out), "--role", "query", "--role", "key")
+    assert result.returncode == 0, result.stderr
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
+    comparison = ModelComparison.load(out)
+    means = comparison.by_role()
+    assert lines["query"][1:3] == ["2", format(means.loc["query", ("relative_change", "mean")], ".2g")]
+    ratios = comparison.energy_over_expectation("right").loc["query"]
+    assert lines["query"][6].startswith(f"{ratios.idxmax()}x") and lines["key"][2] == "0" and len(lines["key"]) == 6
+    assert f"comparison and pictures of 4 matrices: {out}" in " ".join(result.stdout.split())
+    assert {path.stem for path in out.glob("*.png")} >= {"change_by_decile", "fig12_spectra"}
+
+
+def test_options_reach_the_comparison(checkpoint: Path, trained: Path, tmp_path) -> None:
+    options = "--sides none --sigma 0.02 --rate 0.05 --blocks 1 --no-plots --workers 1"
+    arguments = ["compare", str(checkpoint), str(trained), "--out", str(tmp_path / "o"), *options.split()]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    comparison = ModelComparison.load(tmp_path / "o")
+    assert {"sides": "none", "sigma": 0.02, "rate": 0.05}.items() <= comparison.settings.items()
+    assert len(comparison) == 7 and not list((tmp_path / "o").glob("*.png"))
+
+
+def test_compare_takes_the_folder_of_an_adapter(checkpoint: Path, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    arguments = ["compare", str(checkpoint), str(tmp_path / "adapter"), "--out", str(tmp_path / "o"), "--no-plots"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    table = ModelComparison.load(tmp_path / "o").to_pandas()
+    assert set(table["role"][table["relative_change"] > 0]) == {"query"}
+    assert (table["change_stable_rank"].dropna() < 2.001).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["compare", "MODEL", "OTHER", "--out", "OUT"], "64 x 128 before and 64 x 96 after"),
+        (["compare", "MODEL", "/no/such/model", "--out", "OUT"], "neither a folder nor the id"),
+        (["compare", "MODEL", "--out", "OUT"], "Missing argument 'AFTER'"),
+    ],
+)
+def test_errors_of_compare_are_one_line_and_2(arguments, message: str, checkpoint: Path, make_model, tmp_path) -> None:
+    make_model("llama", intermediate_size=96).save_pretrained(tmp_path / "other")
+    places = {"MODEL": str(checkpoint), "OTHER": str(tmp_path / "other"), "OUT": str(tmp_path / "out")}
+    result = _run(*[places.get(argument, argument) for argument in arguments])
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1 and result.stderr.startswith("hf-rmt: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib_the_report_is_there_all_the_same(checkpoint: Path, tmp_path, monkeypatch) -> None:

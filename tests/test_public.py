@@ -13,7 +13,7 @@ def test_every_public_name_is_there_and_documented() -> None:
     for name in hf_rmt.__all__:
         value = getattr(hf_rmt, name)
         assert name == "__version__" or value.__doc__
-    with pytest.raises(AttributeError, match="no attribute 'RTMAnalyzer'; it has AnalysisConfig"):
+    with pytest.raises(AttributeError, match="no attribute 'RTMAnalyzer'; it has ActivationCovariances"):
         _ = hf_rmt.RTMAnalyzer
 
 

@@ -33,15 +33,26 @@ def matrices_of(model: nn.Module, adapters: bool = True) -> list[WeightMatrix]:
 
 def unwrap(model: Any) -> nn.Module:
     """The model inside torch.compile, DDP and peft wrappers."""
+    model = callable_of(model)
+    while hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = callable_of(model.get_base_model())
+    return model
+
+
+def callable_of(model: Any) -> nn.Module:
+    """The module to call for one process's forward pass: outside of torch.compile and DDP, adapters included."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
             model = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
         else:
             return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold the parameters together (FSDP2), so that all have to read and run in step."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 class LiveParameter:
@@ -53,6 +64,11 @@ class LiveParameter:
         self.full = full
         self.tuner = _tuner_around(model, full, name)
         self.adapters = adapters
+
+    @property
+    def collective(self) -> bool:
+        """Whether every process has to read it, in the same order."""
+        return hasattr(getattr(self.module, self.name), "full_tensor")
 
     def __call__(self, expert: int | None = None) -> torch.Tensor:
         """The parameter, or one expert of a stacked one, as it computes."""
@@ -67,7 +83,7 @@ class LiveParameter:
                 "or analyse the checkpoint with RMTAnalyzer.from_checkpoint"
             )
         if hasattr(weight, "full_tensor"):
-            raise ValueError(f"{self.full} is sharded (DTensor): analyse the checkpoint with from_checkpoint")
+            weight = weight.full_tensor()
         return self._dequantised(module, weight, expert).detach()
 
     def _dequantised(self, module: nn.Module, weight: torch.Tensor, expert: int | None) -> torch.Tensor:

@@ -89,6 +89,32 @@ OVERLAP_COLUMNS: dict[str, str] = {
     "left_activation_tokens": "Tokens behind the covariance of the outputs, 1 or more.",
 }
 
+_LATER = range(2, 11)
+
+#: Of a comparison whose weights were at hand, after the change of every number of the report.
+COMPARISON_COLUMNS: dict[str, str] = {
+    "relative_change": "Frobenius norm of the change of W over that of W before, 0 or more; high means that training "
+    "moved the matrix far.",
+    "change_stable_rank": "Stable rank of the change, 1 to p; low means that training acted in few directions.",
+    "right_energy_1": "Share of the energy of the change (of its squared Frobenius norm) in the first tenth of the right "
+    "singular vectors before, that of the largest singular values, 0 to 1; above what a change without direction puts "
+    "there, a tenth of p/n, training acted there.",
+    **{f"right_energy_{d}": f"The same in tenth {d} of the right vectors, 0 to 1; as there." for d in _LATER},
+    "right_energy_outside": "The same outside all right singular vectors before, 0 to 1; always 0 where m is at least "
+    "n, else 1 - m/n is expected.",
+    "left_energy_1": "The same in the first tenth of the left singular vectors before, 0 to 1; a tenth of p/m is expected.",
+    **{f"left_energy_{d}": f"The same in tenth {d} of the left vectors, 0 to 1; as there." for d in _LATER},
+    "left_energy_outside": "The same outside all left singular vectors before, 0 to 1; always 0 where n is at least m, "
+    "else 1 - n/m is expected.",
+    "right_intruders": "Intruder dimensions among the right vectors: of the ten largest after, those whose best match "
+    "among all before is below 0.5, 0 to 10; high means new directions above the old ones.",
+    "left_intruders": "The same among the left vectors, 0 to 10; as there.",
+    "right_match": "Mean, over the ten largest right vectors after, of the absolute inner product with the best match "
+    "before, 0 to 1; high means that they stayed what they were.",
+    "left_match": "The same of the left vectors, 0 to 1; as there.",
+    "note": "Why a row is empty, or that the matrix did not change; empty otherwise.",
+}
+
 #: Columns that say which matrix a row is about; all others are numbers, but for ``note``.
 LABELS = ("name", "role", "stack", "block", "expert", "part", "sigma_rule", "note")
 
@@ -102,6 +128,10 @@ def as_markdown() -> str:
     lines += [f"| `{name}` | {text} |" for name, text in CONTROL_COLUMNS.items()]
     lines += ["", "With `covariances=` given, also:", "", "| column | meaning |", "|---|---|"]
     lines += [f"| `{name}` | {text} |" for name, text in OVERLAP_COLUMNS.items()]
+    lines += ["", "# Columns of `comparison.to_pandas()`", "", "After the labels, every number of the reports as"]
+    lines += ["`<column>_change`, after minus before; where the weights were at hand, also:", ""]
+    lines += ["| column | meaning, range, what a high value says |", "|---|---|"]
+    lines += [f"| `{name}` | {text} |" for name, text in COMPARISON_COLUMNS.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hf_rmt.reports import store
+from hf_rmt.reports.unfinished import tensors_of
 from hf_rmt.theory.covariance import Moments
 
 if TYPE_CHECKING:
@@ -146,11 +145,8 @@ class ActivationCovariances(Mapping[str, Moments]):
             OSError: the folder cannot be written; nothing is left behind.
         """
         folder = Path(folder)
-        tensors: dict[str, torch.Tensor] = {}
-        for key, moments in self._sums.items():
-            tensors |= {f"{key}/outer": moments.outer, f"{key}/total": moments.total}
         with store.staged(folder, "covariances") as stage:
-            store.save_tensors(stage / "covariances.safetensors", tensors, {})
+            store.save_tensors(stage / "covariances.safetensors", tensors_of(self._sums), {})
             manifest = {
                 "settings": self.settings,
                 "inputs": self._inputs,
@@ -170,7 +166,10 @@ class ActivationCovariances(Mapping[str, Moments]):
         """
         folder = Path(folder)
         manifest = store.read_manifest(folder, "covariances")
-        tensors, _ = store.load_tensors(store.current(folder, "covariances", "covariances.safetensors"))
+        path = store.current(folder, "covariances", "covariances.safetensors")
+        tensors, _ = store.load_tensors(path)
+        if lacking := [key for key in manifest["sums"] if not {f"{key}/outer", f"{key}/total"} <= tensors.keys()]:
+            raise ValueError(f"{path} lacks the sums of {', '.join(lacking[:5])}: it is not of the same collection")
         sums = {
             key: Moments(tensors[f"{key}/outer"], tensors[f"{key}/total"], tokens, eps)
             for key, (tokens, eps) in manifest["sums"].items()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hf_rmt.theory.covariance import NULL_LEVEL
 from hf_rmt.theory.ks_null import KSNull, MonteCarloNull
 from hf_rmt.theory.marchenko_pastur import MarchenkoPastur
 from hf_rmt.theory.singular_vectors import VectorTest, local_mean
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _Style = dict[str, Any]
 
 BLUE, _SKY, _VERMILLION, ORANGE, _GREY = "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#777777"
+SINGULAR_VALUE = r"singular value $\nu$"
+OVERLAP = r"overlap $O_k$"
 MEAN_P = r"local mean $p_\mathrm{avg}$"
 _DASHES = (0, (4, 1))
 _SMALL, TITLE_SIZE = 8, 9
@@ -34,6 +37,10 @@ _COLUMNS = 3
 #: Singular values are shown up to this many widths of the bulk beyond its edges.
 _REACH = 5
 _MOST_BINS = 500
+#: More dots than this are a bitmap in a PDF, which would be slow to open.
+_MANY = 20_000
+#: Neighbours on each side in a mean of overlaps: more would flatten the few outliers of a spectrum.
+_HALF_RUN = 2
 #: Entries of a vector are shown up to this many standard deviations.
 _MAX_DEVIATIONS = 6
 #: The null distribution of ``sqrt(n) D`` is drawn up to here; p is about 1e-5 there.
@@ -160,6 +167,78 @@ def draw_local_means(axes: Axes, test: VectorTest, control: VectorTest | None) -
     legend_under(axes, 4)
 
 
+def draw_red_edges(axes: Axes, law: MarchenkoPastur) -> None:
+    """The edges of the law in the panels of overlaps: dashed red, as in the paper."""
+    for edge, label in ((law.lower_edge, "_"), (law.upper_edge, "edges of the law")):
+        axes.axvline(edge, color=_VERMILLION, linestyle=_DASHES, linewidth=1.2, label=label)
+
+
+def draw_p_values(axes: Axes, s: torch.Tensor, test: VectorTest | None) -> None:
+    """Local means of the p-values over the singular value, or a note that there are none."""
+    axes.set_ylim(0, 1)
+    if test is None:
+        axes.text(0.5, 0.5, "not tested", transform=axes.transAxes, ha="center", fontsize=_SMALL)
+        return
+    _dots(axes, s, test.local_mean, label="local mean of 15 vectors", markersize=3.5)
+    axes.axhline(test.plateau, color="black", linestyle="--", linewidth=1.0, label="plateau (median)")
+
+
+def draw_overlaps(axes: Axes, s: torch.Tensor, values: torch.Tensor) -> None:
+    """A dot for each vector of one matrix: its overlap over its singular value."""
+    _dots(axes, s, values, label="one vector", markersize=4.5)
+
+
+def draw_mean_overlaps(axes: Axes, s: torch.Tensor, values: torch.Tensor) -> None:
+    """Overlaps of the vectors of several matrices over their singular values, and their local mean.
+
+    Args:
+        axes: where.
+        s, values: ``(matrices, p)``. The mean is that of each position over the matrices, and of its
+            neighbours.
+    """
+    _dots(axes, s.flatten(), values.flatten(), label="one vector", markersize=3, alpha=0.4)
+    mean = local_mean(values.nanmean(dim=0), _HALF_RUN)[0]
+    axes.plot(s.mean(dim=0).numpy(), mean.numpy(), color="black", linewidth=1.3, label="local mean of all blocks")
+
+
+def _dots(axes: Axes, x: torch.Tensor, y: torch.Tensor, **style: Any) -> None:
+    own: _Style = {"color": BLUE, "marker": ".", "markeredgewidth": 0, "linestyle": "none"}
+    axes.plot(x.numpy(), y.numpy(), rasterized=len(x) > _MANY, **own, **style)
+
+
+def draw_null_overlap(axes: Axes, quantile: float, median: float | None = None) -> None:
+    """The overlap that random vectors stay below, and the one that half of them do."""
+    label = f"{100 * NULL_LEVEL:g} % of random vectors below"
+    axes.axhline(quantile, color=ORANGE, linestyle="-", linewidth=1.4, label=label)
+    if median is not None:
+        axes.axhline(median, color=ORANGE, linestyle=":", linewidth=1.4, label="median of random vectors")
+
+
+def draw_eigenvalues(axes: Axes, spectra: list[torch.Tensor], colours: list[Any]) -> None:
+    """Eigenvalues in descending order, both axes on a log scale, with rings around the largest."""
+    for values, colour in zip(spectra, colours, strict=True):
+        axes.loglog(np.arange(1, len(values) + 1), values.numpy(), color=colour, linewidth=1.1)
+    largest = [float(values[0]) for values in spectra]
+    rings: _Style = {"s": 22, "facecolors": "none", "edgecolors": colours, "zorder": 3}
+    axes.scatter(np.ones(len(largest)), largest, label="largest eigenvalue of a block", **rings)
+
+
+def block_colours(figure: Figure, panels: list[Axes], blocks: list[int]) -> dict[int, Any]:
+    """A colour for each block, dark to light, with a bar that explains them."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    shades = colormaps["viridis"](np.linspace(0, 0.88, len(blocks)))  # the last shades vanish on white paper
+    middle = np.arange(len(blocks))
+    mappable = ScalarMappable(BoundaryNorm(np.arange(len(blocks) + 1) - 0.5, len(blocks)), ListedColormap(shades))
+    bar = figure.colorbar(mappable, ax=panels, ticks=middle[:: math.ceil(len(blocks) / 12)], aspect=40, pad=0.02)
+    bar.ax.set_yticklabels([str(blocks[i]) for i in middle[:: math.ceil(len(blocks) / 12)]])
+    bar.ax.tick_params(labelsize=_SMALL)
+    bar.set_label("block", fontsize=TITLE_SIZE)
+    return dict(zip(blocks, shades, strict=True))
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches; says what to install where matplotlib is missing."""
     try:
@@ -179,6 +258,38 @@ def panel_grid(count: int) -> tuple[Figure, list[Axes]]:
     for unused in grid[count:]:
         unused.remove()
     return figure, grid[:count]
+
+
+def pair_grid(count: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """A figure of pairs of panels in rows of three: one above the other with the same x axis; the lower
+    ones have one y axis."""
+    columns = min(count, _COLUMNS)
+    rows = math.ceil(count / columns)
+    figure = new_figure(max(PAGE * columns / _COLUMNS, 4.8), 3.4 * rows + 0.8)
+    grid = figure.subplots(2 * rows, columns, squeeze=False)
+    pairs = [(grid[2 * row, column], grid[2 * row + 1, column]) for row in range(rows) for column in range(columns)]
+    for upper, lower in pairs[:count]:
+        lower.sharex(upper)
+        if lower is not pairs[0][1]:
+            lower.sharey(pairs[0][1])
+        upper.tick_params(labelbottom=False)
+    for upper, lower in pairs[count:]:
+        upper.remove()
+        lower.remove()
+    return figure, pairs[:count]
+
+
+def label_pairs(figure: Figure, pairs: list[tuple[Axes, Axes]], x: str, y: tuple[str, str]) -> None:
+    """Axis labels at the left and under each pair, and one legend for all."""
+    for i, pair in enumerate(pairs):
+        for axes, label in zip(pair, y, strict=True):
+            axes.set_ylabel(label if i % _COLUMNS == 0 else "", fontsize=TITLE_SIZE)
+            axes.tick_params(labelsize=_SMALL)
+        pair[1].set_xlabel(x if i + _COLUMNS >= len(pairs) else "", fontsize=TITLE_SIZE)
+    found = {
+        label: handle for axes in pairs[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(found.values(), found, loc="outside lower center", ncols=3, fontsize=_SMALL, frameon=False)
 
 
 def label_panels(figure: Figure, panels: list[Axes], x: str, y: str) -> None:
@@ -212,6 +323,11 @@ def legend_under(axes: Axes, columns: int) -> None:
     below = axes.transAxes + ScaledTranslation(0, -0.42, axes.figure.dpi_scale_trans)
     place: _Style = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
     axes.legend(**place, ncols=columns, fontsize=_SMALL, frameon=False, columnspacing=1.2, handlelength=1.8)
+
+
+def note_below(axes: Axes, text: str) -> None:
+    """A remark in the corner that falling curves leave free."""
+    axes.text(0.04, 0.05, text, transform=axes.transAxes, ha="left", va="bottom", fontsize=_SMALL)
 
 
 def _note(axes: Axes, text: str) -> None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from hf_rmt.reports.result import MatrixResult, Spectrum
 
 Side = Literal["right", "left"]
-_SIDES: tuple[Side, Side] = ("right", "left")
+SIDES: tuple[Side, Side] = ("right", "left")
 
 
 class NothingToDrawError(ValueError):
@@ -61,16 +61,16 @@ def spectrum(report: AnalysisReport, name: str) -> Figure:
         NothingToDrawError: (a ValueError) the matrix has no spectrum, or no law as its sigma is 0.
     """
     result = report[name]
-    if not _has_law(result):
-        raise NothingToDrawError(f"{result.name} has no spectrum to hold against a law: {_why_empty(result)}")
-    law = _law_of([result])
+    if not has_law(result):
+        raise NothingToDrawError(f"{result.name} has no spectrum to hold against a law: {why_empty(result)}")
+    law = law_of([result])
     control, label = _control_spectrum(report, result, law)
     figure = new_figure(5.4, 3.9)
     axes = figure.add_subplot()
     draw_spectrum(axes, law, {"singular values": result.s, label: control})
     draw_law(axes, law, f"MP law, $\\sigma$ = {law.sigma:.3g} ({result.row['sigma_rule']})")
     draw_edges(axes, law, result.s)
-    set_labels(axes, _title_of(result), r"singular value $\nu$", r"density $P(\nu)$")
+    set_labels(axes, title_of(result), r"singular value $\nu$", r"density $P(\nu)$")
     legend_under(axes, 2)
     return figure
 
@@ -83,10 +83,10 @@ def spectra_by_role(report: AnalysisReport) -> Figure:
     Raises:
         NothingToDrawError: (a ValueError) no matrix in a block has a spectrum and a law.
     """
-    groups = _groups(report, _has_law)
+    groups = groups_of(report, has_law)
     figure, panels = panel_grid(len(groups))
     for axes, group in zip(panels, groups, strict=True):
-        law = _law_of(group.results)
+        law = law_of(group.results)
         pooled = torch.cat([result.s for result in group.results])
         draw_spectrum(axes, law, {"singular values of all blocks": pooled})
         draw_law(axes, law, r"MP law for the mean $\sigma$")
@@ -107,16 +107,16 @@ def vector_test(report: AnalysisReport, name: str, side: Side = "right") -> Figu
         NothingToDrawError: (a ValueError) the report has no p-values of this side of the matrix.
     """
     result = report[name]
-    test = _test_of(result, side)
+    test = test_of(result, side)
     if test is None:
         why = f"sides was {report.settings.get('sides')!r}" if getattr(result, side) is None else result.row["note"]
         raise NothingToDrawError(f"{result.name} has no p-values of {side} singular vectors: {why}")
     figure = new_figure(PAGE, 5.8)
     axes = figure.subplot_mosaic([["entries", "null"], ["means", "means"]], height_ratios=(1.2, 1))
-    figure.suptitle(f"{_title_of(result)}, {side} singular vectors", fontsize=TITLE_SIZE + 1)
+    figure.suptitle(f"{title_of(result)}, {side} singular vectors", fontsize=TITLE_SIZE + 1)
     draw_entries(axes["entries"], test)
     draw_null(axes["null"], test, _null_of(report))
-    draw_local_means(axes["means"], test, _test_of(result.control, side))
+    draw_local_means(axes["means"], test, test_of(result.control, side))
     return figure
 
 
@@ -129,7 +129,7 @@ def local_means_by_role(report: AnalysisReport, side: Side = "right") -> Figure:
     Raises:
         NothingToDrawError: (a ValueError) no matrix in a block has p-values of this side.
     """
-    groups = _groups(report, lambda result: _test_of(result, side) is not None)
+    groups = groups_of(report, lambda result: test_of(result, side) is not None)
     figure, panels = panel_grid(len(groups))
     for axes, group in zip(panels, groups, strict=True):
         middle = group.middle
@@ -147,12 +147,12 @@ def local_means_by_role(report: AnalysisReport, side: Side = "right") -> Figure:
 def draw_all(report: AnalysisReport, folder: Path, matrix: str | None = None) -> list[Path]:
     """Write all figures that the report has the numbers for, each as PNG and PDF.
 
-    Vectors are right ones, left ones where only they were tested.
+    Vectors are right ones, left ones where only they were tested or have overlaps.
 
     Args:
         report: what to draw.
         folder: made if it does not exist.
-        matrix: shown in Fig. 1 and 3; by default the first query, or else the first with a spectrum.
+        matrix: shown in Fig. 1, 3 and 5; by default the first query, or else the first with a spectrum.
 
     Returns:
         The files written.
@@ -161,13 +161,21 @@ def draw_all(report: AnalysisReport, folder: Path, matrix: str | None = None) ->
         KeyError: the report has no such matrix.
         NothingToDrawError: (a ValueError) the matrix asked for is empty.
     """
+    # That file draws with what is below.
+    from hf_rmt.reports.overlap_plots import activation_spectra, overlap_of_matrix, overlapping_side, overlaps_by_role
+
     drawings: dict[str, Callable[[], Figure]] = {"fig02_spectra_by_role": partial(spectra_by_role, report)}
     if (side := _tested_side(report.values())) is not None:
         drawings["fig04_local_means"] = partial(local_means_by_role, report, side)
+    if (side := overlapping_side(report.values())) is not None:
+        drawings["fig06_overlaps_by_role"] = partial(overlaps_by_role, report, side)
+        drawings["fig13_activation_spectra"] = partial(activation_spectra, report, side)
     if (shown := _shown(report, matrix)) is not None:
         drawings["fig01_spectrum"] = partial(spectrum, report, shown.name)
         if (side := _tested_side([shown])) is not None:
             drawings["fig03_vector_test"] = partial(vector_test, report, shown.name, side)
+        if (side := overlapping_side([shown])) is not None:
+            drawings["fig05_overlap"] = partial(overlap_of_matrix, report, shown.name, side)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for stem in sorted(drawings):
@@ -183,7 +191,7 @@ def draw_all(report: AnalysisReport, folder: Path, matrix: str | None = None) ->
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Matrices of one role and shape, in the order of their blocks."""
 
     title: str
@@ -191,10 +199,12 @@ class _Group:
 
     @property
     def blocks(self) -> int:
+        """How many blocks they are in."""
         return len({result.row["block"] for result in self.results})
 
     @property
     def blocks_in_words(self) -> str:
+        """That number for a title."""
         return "1 block" if self.blocks == 1 else f"{self.blocks} blocks"
 
     @property
@@ -204,7 +214,7 @@ class _Group:
         return next(result for result in self.results if result.row["block"] == blocks[len(blocks) // 2])
 
 
-def _groups(report: AnalysisReport, wanted: Callable[[MatrixResult], bool]) -> list[_Group]:
+def groups_of(report: AnalysisReport, wanted: Callable[[MatrixResult], bool]) -> list[Group]:
     """The wanted matrices inside blocks by stack, role and shape."""
     found: dict[tuple[str, str, int, int], list[MatrixResult]] = {}
     for result in report.values():
@@ -213,7 +223,7 @@ def _groups(report: AnalysisReport, wanted: Callable[[MatrixResult], bool]) -> l
             # A role keeps its place in the model also where its first matrix is not wanted.
             results = found.setdefault((row["stack"] or "", row["role"], row["rows"], row["cols"]), [])
             results += [result] if wanted(result) else []
-    groups = [_Group(_panel_title(*key), results) for key, results in found.items() if results]
+    groups = [Group(_panel_title(*key), results) for key, results in found.items() if results]
     if not groups:
         raise NothingToDrawError("no matrix inside a block of this report has the numbers that this figure shows")
     return groups
@@ -224,20 +234,22 @@ def _panel_title(stack: str, role: str, rows: int, cols: int) -> str:
     return f"{name if len(name) <= 34 else '…' + name[-33:]}\n{rows} $\\times$ {cols}"
 
 
-def _title_of(result: MatrixResult) -> str:
+def title_of(result: MatrixResult) -> str:
+    """Name and shape."""
     return f"{result.name} ({result.row['rows']} $\\times$ {result.row['cols']})"
 
 
-def _has_law(result: MatrixResult) -> bool:
+def has_law(result: MatrixResult) -> bool:
     """Whether there is a spectrum and a law: sigma is 0 where half of the singular values are."""
     return len(result.s) > 0 and result.row["sigma"] > 0
 
 
-def _why_empty(result: MatrixResult) -> str:
+def why_empty(result: MatrixResult) -> str:
+    """Why there is no spectrum or no law."""
     return result.row.get("note") or "its sigma is 0"
 
 
-def _law_of(results: list[MatrixResult]) -> MarchenkoPastur:
+def law_of(results: list[MatrixResult]) -> MarchenkoPastur:
     """The law of matrices of one shape, for the mean of their sigmas."""
     row = results[0].row
     return MarchenkoPastur(row["rows"], row["cols"], math.fsum(r.row["sigma"] for r in results) / len(results))
@@ -251,26 +263,26 @@ def _control_spectrum(report: AnalysisReport, result: MatrixResult, law: Marchen
     return singular_values(torch.randn(law.rows, law.cols, generator=generator) * law.sigma), "control (gaussian)"
 
 
-def _test_of(spectrum: Spectrum | None, side: Side) -> VectorTest | None:
+def test_of(spectrum: Spectrum | None, side: Side) -> VectorTest | None:
     """The test of one side, if any vector was tested."""
-    if side not in _SIDES:
-        raise ValueError(f"side is {side!r}: give one of {', '.join(_SIDES)}")
+    if side not in SIDES:
+        raise ValueError(f"side is {side!r}: give one of {', '.join(SIDES)}")
     test: VectorTest | None = getattr(spectrum, side, None)
     return test if test is not None and test.extreme_index >= 0 else None
 
 
 def _tested_side(results: Iterable[MatrixResult]) -> Side | None:
     results = list(results)
-    return next((side for side in _SIDES if any(_test_of(result, side) for result in results)), None)
+    return next((side for side in SIDES if any(test_of(result, side) for result in results)), None)
 
 
 def _shown(report: AnalysisReport, matrix: str | None) -> MatrixResult | None:
     """The matrix of the figures that show one."""
     if matrix is not None:
         if not len(report[matrix].s):
-            raise NothingToDrawError(f"{matrix} has no spectrum: {_why_empty(report[matrix])}")
+            raise NothingToDrawError(f"{matrix} has no spectrum: {why_empty(report[matrix])}")
         return report[matrix]
-    full = [result for result in report.values() if _has_law(result)]
+    full = [result for result in report.values() if has_law(result)]
     return next((result for result in full if result.row["role"] == "query"), full[0] if full else None)
 
 
@@ -282,7 +294,7 @@ def _null_of(report: AnalysisReport) -> KSNull | MonteCarloNull:
 
 def _random_level(results: list[MatrixResult], side: Side) -> tuple[float, str]:
     """Where the p-values of random matrices lie on average, and what that is called."""
-    controls = [test.p_values for result in results if (test := _test_of(result.control, side)) is not None]
+    controls = [test.p_values for result in results if (test := test_of(result.control, side)) is not None]
     if controls:
         return float(torch.cat(controls).nanmean()), "mean of the control"
     return 0.5, "random matrices, 0.5"

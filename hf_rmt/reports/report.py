@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rmt.reports import store
 from hf_rmt.reports.columns import COLUMNS, CONTROL_COLUMNS, LABELS, OVERLAP_COLUMNS
+from hf_rmt.reports.grouping import by_role
 from hf_rmt.reports.result import MatrixResult
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from hf_rmt.reports.comparison import ModelComparison
 
 _INTEGERS = ("block", "expert", "rows", "cols")
 _COUNTS = ("n_above", "n_below", "discoveries", "activation_rank", "activation_tokens")
@@ -79,19 +82,8 @@ class AnalysisReport(Mapping[str, MatrixResult]):
         ``("n_above", "std")``, and ``("blocks", "count")``; the standard deviation is that between
         blocks, empty where there is one.
         """
-        import pandas as pd
-
         table = self.to_pandas()
-        numbers = [c for c in table.columns if c not in LABELS and c not in _INTEGERS]
-        table["stack"] = table["stack"].fillna("")
-        keys = ["stack", "role"] if table["stack"].any() else ["role"]
-        table[numbers] = table[numbers].astype("float64")
-        per_block = table.groupby([*keys, "block"], sort=False, dropna=False)[numbers].mean()
-        grouped = per_block.groupby(level=keys, sort=False)
-        result = grouped.agg(["mean", "std"])
-        result.insert(0, ("blocks", "count"), grouped.size())
-        assert isinstance(result, pd.DataFrame)
-        return result
+        return by_role(table, [c for c in table.columns if c not in LABELS and c not in _INTEGERS])
 
     def by_block(self, column: str) -> pd.DataFrame:
         """One column of the table with a row a block and a column a role, averaged over experts."""
@@ -142,6 +134,19 @@ class AnalysisReport(Mapping[str, MatrixResult]):
             grouped[index][rest] = tensor
         results = [MatrixResult.restore(arrays, descriptions[index]) for index, arrays in grouped.items()]
         return cls(results, manifest["settings"])
+
+    def compare(self, after: AnalysisReport) -> ModelComparison:
+        """This report as that of a model before training, against the one after it; differences are after minus before.
+
+        Reports hold no weights: where the change lies in the spectrum is told by ``RMTAnalyzer.compare``.
+
+        Raises:
+            ValueError: the reports were made under different settings, of matrices of different shapes
+                (the message lists them), or have none in common.
+        """
+        from hf_rmt.reports.comparison import ModelComparison
+
+        return ModelComparison.of_reports(self, after)
 
     def plot(self, folder: str | Path, matrix: str | None = None) -> list[Path]:
         """Draw the paper's figures into a folder and return the files.

@@ -1,7 +1,7 @@
 """Writing files so that nothing half-written is ever taken for whole.
 
 A result of one *kind* (a report, covariances, a comparison) is a few files and a manifest
-``<kind>.json``; several kinds may share a folder.
+``<kind>.json``; several kinds may share a folder. Whole reports may be part of a result, in subfolders.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol, Self
 
 import torch
 
@@ -46,7 +46,8 @@ def staged(folder: Path, kind: Kind) -> Iterator[Path]:
         stage.mkdir(parents=True)
         yield stage
         for path in stage.iterdir():
-            _sync(path)
+            if path.is_file():
+                _sync(path)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         if not existed:
@@ -57,15 +58,29 @@ def staged(folder: Path, kind: Kind) -> Iterator[Path]:
 
 def _move_into_place(stage: Path, kind: Kind) -> None:
     for name in sorted((path.name for path in stage.iterdir()), key=lambda name: name == _manifest(kind)):
-        os.replace(stage / name, stage.parent / name)
+        if (stage / name).is_dir():
+            _adopt_report(stage / name, stage.parent / name)
+        else:
+            os.replace(stage / name, stage.parent / name)
     stage.rmdir()
 
 
+def _adopt_report(source: Path, folder: Path) -> None:
+    """Move a whole report to a folder, whose other files stay, by way of the folder's own stage."""
+    stage = _stage(folder, "report")
+    if (stage / _manifest("report")).is_file():
+        _move_into_place(stage, "report")
+    shutil.rmtree(stage, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    os.replace(source, stage)
+    _move_into_place(stage, "report")
+
+
 def current(folder: Path, kind: Kind, name: str) -> Path:
-    """Where a result's file is, also if the process died while its files moved into place."""
+    """Where a result's file or subfolder is, also if the process died while they moved into place."""
     stage = _stage(folder, kind)
     whole = (stage / _manifest(kind)).is_file()
-    return stage / name if whole and (stage / name).is_file() else folder / name
+    return stage / name if whole and (stage / name).exists() else folder / name
 
 
 def is_saved(folder: Path, kind: Kind) -> bool:
@@ -101,7 +116,7 @@ def read_manifest(folder: Path, kind: Kind) -> dict[str, Any]:
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path} is not the manifest of a {kind} of this version of hf_rmt")
+    raise ValueError(f"{path} is no manifest ({kind}) of this version of hf_rmt")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -159,17 +174,32 @@ def _lock(folder: Path) -> IO[str] | None:
     return file
 
 
-class PartialRun:
-    """Results of an unfinished analysis, one file a matrix, in ``folder/partial``."""
+class Storable(Protocol):
+    """A result that can be kept in one file."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
-        """Open or begin a run.
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All its tensors."""
+
+    def description(self) -> str:
+        """Everything else, as JSON."""
+
+    @classmethod
+    def restore(cls, tensors: dict[str, torch.Tensor], description: str) -> Self:
+        """Inverse of ``tensors`` and ``description``."""
+
+
+class PartialRun:
+    """Results of an unfinished run, one file a matrix, in ``folder/partial``."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], result_class: type[Storable] = MatrixResult):
+        """Open or begin a run whose results are of one class.
 
         Raises:
             ValueError: the folder belongs to another model or other settings, or is in use.
             OSError: it cannot be written.
         """
         self.folder = folder / "partial"
+        self.result_class = result_class
         run = self.folder / "run.json"
         if run.is_file():
             refuse_other(folder, json.loads(run.read_text()), identity)
@@ -182,22 +212,22 @@ class PartialRun:
         """File of the matrix with this position in the analysis."""
         return self.folder / f"{index:05d}.safetensors"
 
-    def write(self, index: int, result: MatrixResult) -> None:
+    def write(self, index: int, result: Storable) -> None:
         """Keep a finished matrix."""
         save_tensors(self.path(index), result.tensors(), {"description": result.description()})
 
-    def read(self, index: int) -> MatrixResult | None:
-        """A matrix finished earlier, None if it was not or its file is damaged."""
+    def read(self, index: int) -> Any:
+        """A matrix finished earlier, of the run's class; None if it was not or its file is damaged."""
         if not self.path(index).is_file():
             return None
         try:
             tensors, metadata = load_tensors(self.path(index))
-            return MatrixResult.restore(tensors, metadata["description"])
+            return self.result_class.restore(tensors, metadata["description"])
         except (ValueError, KeyError):
             return None
 
     def remove(self) -> None:
-        """Delete the partial results, once the report is saved."""
+        """Delete the partial results, once the whole is saved."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 

@@ -65,7 +65,12 @@ class Moments:
         if pair is None:
             raise RuntimeError("the eigensolver did not converge on an activation covariance")
         values, vectors = pair[0].flip(0).clamp_min(0), pair[1].flip(1).mT.contiguous()
-        noise = max(self.eps, len(values) * torch.finfo(torch.float64).eps) * values[0]
+        # Products are made about a point near the mean (``MomentSum``), so their rounding does not see the
+        # mean's own eigenvalue; the second one is at most the largest of the rest.
+        varying = values[0 if centred else min(1, len(values) - 1)]
+        # The mean that centring takes out leaves the rounding of its own size behind.
+        largest = values[0] + centred * (self.mean @ self.mean)
+        noise = torch.maximum(self.eps * varying, len(values) * torch.finfo(torch.float64).eps * largest)
         rank = min(int((values > noise).sum()), self.tokens - centred)
         return Eigenbasis(values, vectors, max(rank, 0), self.tokens, centred)
 

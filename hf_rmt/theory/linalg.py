@@ -9,6 +9,10 @@ from __future__ import annotations
 import numpy as np
 import scipy.linalg
 import torch
+from scipy.linalg import blas
+
+#: Side of the blocks that a triangle is mirrored by.
+_BLOCK = 256
 
 
 def _by_numpy(tensor: torch.Tensor) -> bool:
@@ -63,3 +67,45 @@ def svd_values(matrix: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.linalg.svd(matrix.numpy(), compute_uv=False))
     except np.linalg.LinAlgError:
         return torch.from_numpy(scipy.linalg.svd(matrix.numpy(), compute_uv=False, lapack_driver="gesvd"))
+
+
+def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add ``rows^T rows`` to the lower triangle of ``gram`` in place; what the upper one holds is undefined.
+
+    On the CPU BLAS computes that triangle alone, in half the time of a product.
+
+    Args:
+        gram: ``(n, n)``, contiguous, float32 or float64.
+        rows: ``(count, n)`` of the same dtype and device.
+    """
+    if not _by_numpy(gram):
+        gram.addmm_(rows.mT, rows)
+        return
+    syrk = blas.ssyrk if gram.dtype == torch.float32 else blas.dsyrk
+    # To BLAS, which stores columns, both are their own transposes.
+    columns = rows.contiguous().numpy().T
+    result = syrk(1.0, columns, beta=1.0, c=gram.numpy().T, overwrite_c=1)
+    assert np.shares_memory(result, gram.numpy())
+
+
+def add_outer_both_ways(gram: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Add ``x y^T + y x^T`` to the lower triangle of a float64 matrix in place; the upper one is undefined."""
+    if not _by_numpy(gram):
+        gram.addr_(x, y).addr_(y, x)
+        return
+    result = blas.dsyr2(1.0, x.numpy(), y.numpy(), a=gram.numpy().T, overwrite_a=1)
+    assert np.shares_memory(result, gram.numpy())
+
+
+def mirror_lower(gram: torch.Tensor) -> None:
+    """Make a matrix on the CPU symmetric in place by its lower triangle.
+
+    By blocks that stay in the cache, and by numpy: torch's copy of a transpose takes twenty times as long.
+    """
+    array = gram.numpy()
+    for i in range(0, len(array), _BLOCK):
+        rows = slice(i, i + _BLOCK)
+        square = np.tril(array[rows, rows])
+        array[rows, rows] = square + np.tril(square, -1).T
+        for j in range(i + _BLOCK, len(array), _BLOCK):
+            array[rows, j : j + _BLOCK] = array[j : j + _BLOCK, rows].T

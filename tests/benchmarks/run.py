@@ -22,6 +22,9 @@ BENCHMARKS = {
     "ks_share": "ks_share",
     "memory": "memory",
     "growth": "growth",
+    "collect_cost": "collect_cost",
+    "collect_processes": "collect_processes",
+    "callback_cost": "callback_cost",
 }
 
 

@@ -1,0 +1,285 @@
+"""A model before and after training: which models, and the run over their matrices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_rmt.analysis import analyse_weight, digest_of
+from hf_rmt.config import AnalysisConfig
+from hf_rmt.models.adapters import is_adapter, load_adapter
+from hf_rmt.models.live import unwrap
+from hf_rmt.models.matrices import WeightMatrix, select
+from hf_rmt.progress import progress_bar
+from hf_rmt.reports import store
+from hf_rmt.reports.comparison import MatrixComparison, ModelComparison, common_names, one_sided, refuse_other_shapes
+from hf_rmt.reports.result import MatrixResult
+from hf_rmt.run import AnalysisRun, matrices_at_a_time
+from hf_rmt.theory.comparison import DECILES, change_stable_rank, energy_by_decile, frobenius_norm, match
+from hf_rmt.theory.decomposition import SVDFactors, as_float
+from hf_rmt.workers import run_longest_first, seconds_estimate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hf_rmt.analyzer import RMTAnalyzer
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedMatrix:
+    """All that a run finds out about one matrix: both analyses and their comparison."""
+
+    before: MatrixResult
+    after: MatrixResult
+    comparison: MatrixComparison
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors to be written; those after are left out where they are those before."""
+        after = {} if self.after is self.before else self.after.tensors()
+        parts = {"before": self.before.tensors(), "after": after, "comparison": self.comparison.tensors()}
+        return {f"{part}/{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
+
+    def description(self) -> str:
+        """Everything else, as JSON."""
+        parts = ("before", "after", "comparison")
+        return json.dumps({part: getattr(self, part).description() for part in parts})
+
+    @classmethod
+    def restore(cls, tensors: dict[str, torch.Tensor], description: str) -> ComparedMatrix:
+        """Inverse of ``tensors`` and ``description``."""
+        words = json.loads(description)
+        parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in words}
+        for key, tensor in tensors.items():
+            part, _, rest = key.partition("/")
+            parts[part][rest] = tensor
+        before = MatrixResult.restore(parts["before"], words["before"])
+        after = MatrixResult.restore(parts["after"], words["after"]) if parts["after"] else before
+        return cls(before, after, MatrixComparison.restore(parts["comparison"], words["comparison"]))
+
+
+def compare_matrix(before: WeightMatrix, after: WeightMatrix, config: AnalysisConfig) -> ComparedMatrix:
+    """Analyse a matrix before and after training, and hold the two against each other.
+
+    Raises:
+        ValueError: a weight cannot be read, or, if ``config.strict``, is not finite.
+    """
+    old = before.read()
+    old = old if config.device is None else old.to(config.device)
+    new = after.read().to(old.device)
+    first, old_factors = analyse_weight(before, old, config)
+    first = replace(first, digest=digest_of(old))
+    if old.dtype == new.dtype and torch.equal(old, new):
+        second, new_factors = first, old_factors
+    else:
+        second, new_factors = analyse_weight(after, new, config)
+        second = replace(second, digest=digest_of(new))
+    comparison = MatrixComparison.of(first, second)
+    if len(first.s) and len(second.s):
+        comparison = _with_weights(comparison, as_float(old), as_float(new), (old_factors, new_factors))
+    return ComparedMatrix(first, second, comparison)
+
+
+def _with_weights(
+    comparison: MatrixComparison,
+    old: torch.Tensor,
+    new: torch.Tensor,
+    factors: tuple[SVDFactors | None, SVDFactors | None],
+) -> MatrixComparison:
+    """The comparison with what only the weights tell."""
+    change = new - old
+    norm = frobenius_norm(old)
+    row = comparison.row | {
+        "relative_change": frobenius_norm(change) / norm if norm else None,
+        "change_stable_rank": change_stable_rank(change),
+    }
+    notes = [] if change.any() else ["the weights did not change"]
+    before, after = factors
+    if before is None or after is None:
+        return replace(comparison, row=row | {"note": "; ".join(notes)})
+    if arbitrary := int((~before.testable()).sum()):
+        notes.append(f"{arbitrary} vectors before are arbitrary: how the change lies over them means nothing")
+    right, left = energy_by_decile(change, before.u, before.vh)
+    known = after.testable()
+    parts: dict[str, Any] = {
+        "right_energy": right,
+        "left_energy": left,
+        "right_match": match(before.vh, after.vh, known),
+        "left_match": match(before.u.mT, after.u.mT, known),
+    }
+    row |= _vector_columns(parts) | {"note": "; ".join(notes)}
+    return replace(comparison, row=row, **parts)
+
+
+def _vector_columns(parts: dict[str, Any]) -> dict[str, Any]:
+    """The columns of the table that sum up energies and matches."""
+    columns: dict[str, Any] = {}
+    for side in ("right", "left"):
+        *deciles, outside = parts[f"{side}_energy"].shares.tolist()
+        columns |= {f"{side}_energy_{d}": share for d, share in zip(range(1, DECILES + 1), deciles, strict=True)}
+        columns[f"{side}_energy_outside"] = outside
+        columns[f"{side}_intruders"] = parts[f"{side}_match"].intruders
+        columns[f"{side}_match"] = parts[f"{side}_match"].top
+    return columns
+
+
+class ComparisonRun:
+    """One comparison: the matrices of both sides, the settings, and what a folder must agree with."""
+
+    def __init__(
+        self,
+        before: RMTAnalyzer,
+        after: RMTAnalyzer,
+        config: AnalysisConfig,
+        roles: str | Collection[str] | None,
+        blocks: int | Collection[int] | None,
+    ):
+        """``roles`` and ``blocks`` choose among the matrices that both sides have.
+
+        Raises:
+            ValueError: nothing in common, nothing chosen, or other shapes after than before.
+        """
+        names = [[matrix.name for matrix in side.matrices] for side in (before, after)]
+        common = set(common_names(*names))
+        chosen = select([matrix for matrix in before.matrices if matrix.name in common], roles, blocks)
+        by_name = {matrix.name: matrix for matrix in after.matrices}
+        partners = [by_name[matrix.name] for matrix in chosen]
+        refuse_other_shapes({old.name: (old.shape, new.shape) for old, new in zip(chosen, partners, strict=True)})
+        origins = [{"model": side.model_id, "revision": side.revision} for side in (before, after)]
+        self.config = config
+        self.before = AnalysisRun(chosen, config, origins[0])
+        self.after = AnalysisRun(partners, config, origins[1])
+        self.pairs = list(zip(chosen, partners, strict=True))
+        self.decisive = config.identity() | {"weights": True}
+        self.settings = self.decisive | {"before": origins[0], "after": origins[1]} | one_sided(*names)
+        self.settings["versions"] = self.before.settings["versions"]
+
+    def comparison(self, found: dict[int, ComparedMatrix]) -> ModelComparison:
+        """The comparison of all matrices, by their positions."""
+        return ModelComparison(
+            (found[index].comparison for index in range(len(self.pairs))),
+            self.before.report({index: one.before for index, one in found.items()}),
+            self.after.report({index: one.after for index, one in found.items()}),
+            self.settings,
+        )
+
+    def in_folder(self, folder: Path) -> ModelComparison:
+        """The comparison, kept in a folder matrix by matrix; what an earlier run left there is used."""
+        if store.is_saved(folder, "comparison"):
+            return self._finished(folder)
+        identity = {"before": self.before.identity(), "after": self.after.identity()}
+        partial = store.PartialRun(folder, identity, ComparedMatrix)
+        try:
+            return self._resumed(partial, folder)
+        finally:
+            partial.close()
+
+    def _resumed(self, partial: store.PartialRun, folder: Path) -> ModelComparison:
+        found: dict[int, ComparedMatrix] = {}
+        for index in range(len(self.pairs)):
+            if (earlier := partial.read(index)) is not None:
+                self._check_same_weights(index, earlier.before, earlier.after, folder)
+                found[index] = earlier
+        left = [index for index in range(len(self.pairs)) if index not in found]
+        for index, result in self.results(left, finished=len(found)):
+            partial.write(index, result)
+            found[index] = result
+        comparison = self.comparison(found)
+        comparison.save(folder)
+        partial.remove()
+        return comparison
+
+    def _finished(self, folder: Path) -> ModelComparison:
+        """The comparison of an earlier run, if it is one of the same weights under the same settings."""
+        earlier = ModelComparison.load(folder)
+        wanted = self.decisive | {"matrices": [old.name for old, _ in self.pairs]}
+        store.refuse_other(folder, earlier.settings | {"matrices": list(earlier)}, wanted)
+        for index, name in enumerate(earlier):
+            self._check_same_weights(index, earlier.before[name], earlier.after[name], folder)
+        return earlier
+
+    def _check_same_weights(self, index: int, before: MatrixResult, after: MatrixResult, folder: Path) -> None:
+        for side, matrix, earlier in zip(("before", "after"), self.pairs[index], (before, after), strict=True):
+            if earlier.name != matrix.name or earlier.digest != digest_of(matrix.read()):
+                raise ValueError(
+                    f"{folder} belongs to other models: the weights of {matrix.name} {side} differ; give another folder"
+                )
+            if self.config.strict and not len(earlier.s):
+                raise ValueError(f"{matrix.name}: {earlier.row['note']}; repair the weights, or compare without strict")
+
+    def results(self, indices: Collection[int], finished: int = 0) -> Iterator[tuple[int, ComparedMatrix]]:
+        """Each matrix's comparison as it finishes."""
+        both = [matrix for index in indices for matrix in self.pairs[index]]
+        workers = matrices_at_a_time(both, self.config, copies=2)
+        with progress_bar(self.config.progress, len(self.pairs), finished) as advance:
+
+            def work(index: int) -> ComparedMatrix:
+                before, after = self.pairs[index]
+                advance(before.name, 0)
+                try:
+                    return compare_matrix(before, after, self.config)
+                except (RuntimeError, MemoryError) as error:  # of a library, which does not know what it worked on
+                    raise RuntimeError(f"{before.name}: {error}") from error
+
+            cost: Callable[[int], float] = lambda index: seconds_estimate(*self.pairs[index][0].shape)  # noqa: E731
+            for index, result in run_longest_first(list(indices), work, cost, workers):
+                advance(self.pairs[index][0].name, 1)
+                yield index, result
+
+
+# Which models
+
+
+def analyzers_of(before: Any, after: Any) -> tuple[RMTAnalyzer, RMTAnalyzer]:
+    """Analyzers of both sides; see ``RMTAnalyzer.compare`` for what a side can be.
+
+    Raises:
+        TypeError: neither a model nor a path.
+        ValueError: nothing to compare with, or a checkpoint or adapter that cannot be read.
+    """
+    if after is None:
+        return _base_and_adapted(before)
+    in_memory = [hasattr(side, "named_modules") for side in (before, after)]
+    if all(in_memory) and unwrap(before) is unwrap(after):
+        return _base_and_adapted(after)  # peft puts adapters into the base itself: there is one model
+    return _analyzer_of(before, after), _analyzer_of(after, before)
+
+
+def _base_and_adapted(source: Any) -> tuple[RMTAnalyzer, RMTAnalyzer]:
+    from hf_rmt.analyzer import RMTAnalyzer
+
+    adapted = load_adapter(Path(source), None) if is_adapter(source) else source
+    if not hasattr(adapted, "named_modules") or not _has_adapters(adapted):
+        raise ValueError(
+            f"there is nothing to compare {_called(source)} with: give two models, or one with peft adapters; of a "
+            "model trained in place keep a copy or a checkpoint from before"
+        )
+    base, whole = RMTAnalyzer(adapted, adapters=False), RMTAnalyzer(adapted)
+    whole.model_id = f"{source} on {base.model_id}" if is_adapter(source) else f"{base.model_id} with adapters"
+    return base, whole
+
+
+def _analyzer_of(side: Any, other: Any) -> RMTAnalyzer:
+    from hf_rmt.analyzer import RMTAnalyzer
+
+    if isinstance(side, RMTAnalyzer):
+        return side
+    if is_adapter(side):
+        analyzer = RMTAnalyzer(load_adapter(Path(side), other))
+        analyzer.model_id = f"{side} on {analyzer.model_id}"
+        return analyzer
+    if isinstance(side, (str, Path)):
+        return RMTAnalyzer.from_checkpoint(side)
+    return RMTAnalyzer(side)
+
+
+def _called(source: Any) -> str:
+    return str(source) if isinstance(source, (str, Path)) else type(source).__name__
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return any(hasattr(module, "base_layer") and hasattr(module, "active_adapters") for module in model.modules())

@@ -1,0 +1,92 @@
+"""Running sums over tokens: as precise as float64, at the price of float32 products."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_rmt.theory.covariance import Moments
+from hf_rmt.theory.linalg import add_gram, add_outer_both_ways, mirror_lower
+
+#: Products of so many tokens are added up in float32 before they go into the float64 sum.
+_FLUSH_TOKENS = 4096
+
+
+class MomentSum:
+    """Sums ``x`` and ``x x^T`` over tokens.
+
+    Products are made about the mean of the first tokens, so that a large mean does not cost the
+    digits of what varies around it; ``moments`` puts it back in float64.
+    """
+
+    def __init__(self, width: int):
+        self.width = width
+        self.tokens = 0
+        self._pending_tokens = 0
+        self._eps = 0.0
+        self._origin: torch.Tensor | None = None
+
+    @staticmethod
+    def bytes_for(width: int) -> int:
+        """Memory that one sum takes, products in float32."""
+        return 12 * width * width
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add the rows of ``(tokens, width)``.
+
+        Raises:
+            FloatingPointError: an entry is NaN or Inf, or too large to be squared.
+        """
+        if not len(rows):
+            return
+        rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        if self._origin is None:
+            self._begin(rows)
+        assert self._origin is not None
+        if rows.device != self._origin.device or rows.dtype != self._origin.dtype:
+            rows = rows.to(self._origin)
+        rows = rows - self._origin
+        total = rows.sum(0)
+        with torch.autocast(rows.device.type, enabled=False):
+            add_gram(self._pending, rows)
+        if not bool((total + self._pending.diagonal()).isfinite().all()):
+            raise FloatingPointError("NaN or Inf among the activations")
+        self._total += total.to(self._total)
+        self.tokens += len(rows)
+        self._pending_tokens += len(rows)
+        if self._pending_tokens >= _FLUSH_TOKENS:
+            self._flush()
+
+    def _begin(self, rows: torch.Tensor) -> None:
+        origin = rows.mean(0)
+        if not bool(origin.isfinite().all()):
+            raise FloatingPointError("NaN or Inf among the activations")
+        self._origin = origin
+        self._eps = torch.finfo(rows.dtype).eps
+        self._pending = rows.new_zeros(self.width, self.width)
+        home = "cpu" if rows.device.type == "mps" else rows.device  # no float64 there
+        self._outer = torch.zeros(self.width, self.width, dtype=torch.float64, device=home)
+        self._total = torch.zeros(self.width, dtype=torch.float64, device=home)
+
+    def _flush(self) -> None:
+        self._outer += self._pending.to(self._outer.device)
+        self._pending.zero_()
+        self._pending_tokens = 0
+
+    def moments(self, final: bool = False) -> Moments:
+        """The moments about zero of all tokens so far, on the CPU.
+
+        ``final`` hands over the sum itself instead of a copy: nothing can be added after.
+        """
+        if self._origin is None:
+            zeros = torch.zeros(self.width, self.width, dtype=torch.float64)
+            return Moments(zeros, zeros[0].clone(), 0)
+        self._flush()
+        outer, total, origin = self._outer.cpu(), self._total.cpu(), self._origin.double().cpu()
+        if final:
+            del self._outer, self._pending
+        elif outer is self._outer:
+            outer = outer.clone()
+        # sum (x + o)(x + o)^T = sum x x^T + o u^T + u o^T, u = sum x + N o / 2
+        add_outer_both_ways(outer, origin, total + self.tokens / 2 * origin)
+        mirror_lower(outer)
+        return Moments(outer, total + self.tokens * origin, self.tokens, self._eps)

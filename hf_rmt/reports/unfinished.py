@@ -1,0 +1,108 @@
+"""How far a collection of covariances has come, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_rmt.reports import store
+from hf_rmt.theory.covariance import Moments
+
+#: Seconds of work that a killed collection may lose.
+KEEP_EVERY = 120.0
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Sums so far, and what is left to do.
+
+    Attributes:
+        passes: keys of the sites summed in each pass over the data.
+        apart: sites that may not share a sum.
+        done: number of passes that are done.
+        batches: batches done in the pass after them.
+        chain: hash of those batches, in their order.
+        sums: moments by the key of the site that summed.
+        owners: for each site seen, the key of its sum.
+    """
+
+    passes: list[list[str]]
+    apart: list[str] = field(default_factory=list)
+    done: int = 0
+    batches: int = 0
+    chain: str = ""
+    sums: dict[str, Moments] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+
+    def with_sums(self, sums: Mapping[str, Moments], owners: Mapping[str, str], **progress: Any) -> Collected:
+        """With further sums added, and other progress."""
+        added = {key: self.sums[key] + moments if key in self.sums else moments for key, moments in sums.items()}
+        return replace(self, sums=self.sums | added, owners=self.owners | dict(owners), **progress)
+
+
+class UnfinishedCovariances:
+    """The file in which one process keeps what it has collected."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int):
+        self.folder = folder
+        self.identity = dict(identity)
+        self.path = folder / f"unfinished-covariances-{rank}.safetensors"
+        self._written = time.monotonic()
+
+    def read(self) -> Collected | None:
+        """What an earlier run left; None if nothing.
+
+        Raises:
+            ValueError: it is of another collection, or damaged.
+        """
+        if not self.path.is_file():
+            return None
+        tensors, metadata = store.load_tensors(self.path)
+        described = json.loads(metadata["collected"])
+        store.refuse_other(self.folder, described.pop("identity"), self.identity)
+        sums = {
+            key: Moments(tensors[f"{key}/outer"], tensors[f"{key}/total"], tokens, eps)
+            for key, (tokens, eps) in described.pop("sums").items()
+        }
+        return Collected(sums=sums, **described)
+
+    def due(self) -> bool:
+        """Whether it is time to write again."""
+        return time.monotonic() - self._written > KEEP_EVERY
+
+    def write(self, collected: Collected) -> None:
+        """Keep this in the place of what was kept before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        described = {key: value for key, value in vars(collected).items() if key != "sums"}
+        described["sums"] = {key: [moments.tokens, moments.eps] for key, moments in collected.sums.items()}
+        store.save_tensors(
+            self.path, tensors_of(collected.sums), {"collected": json.dumps(described | {"identity": self.identity})}
+        )
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """Delete it, once the covariances are saved."""
+        self.path.unlink(missing_ok=True)
+
+
+def tensors_of(sums: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
+    """Tensors of moments, under names to be written."""
+    outers = {f"{key}/outer": moments.outer for key, moments in sums.items()}
+    return outers | {f"{key}/total": moments.total for key, moments in sums.items()}
+
+
+def chained(chain: str, batch: Mapping[str, Any]) -> str:
+    """Hash of a batch and all before it."""
+    hashed = hashlib.blake2b(chain.encode(), digest_size=16)
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            hashed.update(repr((key, tuple(value.shape), value.dtype)).encode())
+            hashed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()

@@ -1,0 +1,126 @@
+"""What the command line prints: tables by role, means over blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hf_rmt.reports.comparison import ModelComparison
+    from hf_rmt.reports.report import AnalysisReport
+
+#: Heading -> column of ``by_role`` and whether it is a share.
+_SHOWN = {
+    "above\nbulk": ("n_above_bulk", False),
+    "above\nempir.": ("n_above_empirical", False),
+    "above\ninit": ("n_above_init", False),
+    "above\nTW": ("n_above_tw", False),
+    "below\nTW": ("n_below_tw", False),
+    "right\np<.01": ("right_significant", True),
+    "left\np<.01": ("left_significant", True),
+}
+
+
+def report_table(report: AnalysisReport) -> Table:
+    """Outliers and significant vectors, with their spread over blocks."""
+    settings = report.settings
+    table = _new_table(
+        "Deviations from random matrix theory by role: mean over blocks ± spread",
+        "above: singular values beyond the upper Marchenko-Pastur edge, under three rules for sigma; "
+        f"TW: beyond the Tracy-Widom thresholds at rate {settings['rate']:g}, sigma {settings['sigma']}; "
+        "p<.01: share of singular vectors with so small a p-value, 1 % for a random matrix",
+        _SHOWN,
+    )
+    for role, row in report.by_role().iterrows():
+        cells = [_count(row[(column, "mean")], row[(column, "std")], share) for column, share in _SHOWN.values()]
+        table.add_row(*_first_cells(role, row), *cells)
+    return table
+
+
+#: Heading -> column of ``by_role``.
+_OVERLAPS = {
+    "above": "overlap_above",
+    "bulk": "overlap_bulk",
+    "below": "overlap_below",
+    "99 % of\nrandom": "overlap_null",
+    "with\n-log p": "overlap_rank_correlation",
+    "largest\nshare": "activation_top_share",
+}
+
+
+def overlap_table(report: AnalysisReport) -> Table:
+    """Overlaps of the right singular vectors with the activations that enter."""
+    activations = report.settings["covariances"]
+    about = "about the mean" if activations["centred"] else "uncentred"
+    table = _new_table(
+        "Overlap of right singular vectors with the activations, by role: mean over blocks",
+        "above, bulk, below: mean overlap of the vectors whose singular values lie there, over "
+        f"{activations['tokens']:,} tokens, {about}; 99 % of random: what so many random vectors stay below; "
+        "with -log p: rank correlation; largest share: that of the largest eigenvalue of the covariance",
+        _OVERLAPS,
+    )
+    for role, row in report.by_role().iterrows():
+        means = [row[(column, "mean")] for column in _OVERLAPS.values()]
+        table.add_row(*_first_cells(role, row), *("" if math.isnan(mean) else f"{mean:.3f}" for mean in means))
+    return table
+
+
+#: Heading -> columns of ``by_role`` in one cell, and how their means are written.
+_COMPARED = {
+    "change": (("relative_change",), ".2g"),
+    "above": (("n_above_change",), "+.1f"),
+    "below": (("n_below_change",), "+.1f"),
+    "intru-\nders": (("right_intruders", "left_intruders"), ".1f"),
+}
+
+
+def comparison_table(comparison: ModelComparison) -> Table:
+    """How much changed, and where in the spectrum."""
+    table = _new_table(
+        "What training changed, by role: mean over blocks",
+        "change: norm of the change over that of the matrix; above, below: change of the number of singular "
+        f"values beyond the Marchenko-Pastur edges, sigma {comparison.settings['sigma']}; intruders: of the ten "
+        "largest right and left singular vectors after, those unlike any before; deciles: where the change has most "
+        "energy (1 holds the largest singular values), in multiples of what a change without direction has there",
+        (*_COMPARED, "right\ndeciles", "left\ndeciles"),
+    )
+    ratios = [comparison.energy_over_expectation("right"), comparison.energy_over_expectation("left")]
+    for role, row in comparison.by_role().iterrows():
+        means = [([row[(column, "mean")] for column in columns], spec) for columns, spec in _COMPARED.values()]
+        cells = ["/".join(format(x, spec) for x in values if not math.isnan(x)) for values, spec in means]
+        table.add_row(*_first_cells(role, row), *cells, *(_leading(side.loc[role]) for side in ratios))
+    return table
+
+
+def _new_table(title: str, caption: str, headings: Iterable[str]) -> Table:
+    table = Table(
+        title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column("role", no_wrap=True)
+    for heading in ("blocks", *headings):
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _first_cells(role: Any, row: pd.Series) -> tuple[str, str]:
+    return " ".join(role) if isinstance(role, tuple) else str(role), str(int(row[("blocks", "count")]))
+
+
+def _count(mean: float, spread: float, share: bool) -> str:
+    """NaN means that nothing was computed, or that there is one block and so no spread."""
+    if math.isnan(mean):
+        return ""
+    if share:
+        return f"{mean:.1%}"
+    return f"{mean:.0f}" if math.isnan(spread) else f"{mean:.0f} ±{spread:.0f}"
+
+
+def _leading(ratios: pd.Series) -> str:
+    """The two deciles of the most energy, as ``3x2.1 4x1.2``."""
+    return " ".join(f"{decile}x{ratio:.2g}" for decile, ratio in ratios.dropna().nlargest(2).items())
