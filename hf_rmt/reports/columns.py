@@ -79,7 +79,7 @@ OVERLAP_COLUMNS: dict[str, str] = {
     "direction, often the mean, dominates.",
     "activation_tokens": "Tokens behind the covariance, 1 or more.",
     "left_overlap_above": "`overlap_above` of left singular vectors with the covariance of the outputs, 0 to 1; empty "
-    "where outputs were not collected.",
+    "where outputs were not collected. The outputs are made by the matrix itself, so that a random one overlaps too.",
     "left_overlap_bulk": "`overlap_bulk` of the left vectors, 0 to 1; as there.",
     "left_overlap_below": "`overlap_below` of the left vectors, 0 to 1; as there.",
     "left_overlap_null": "`overlap_null` of the left vectors, 0 to 1; as there.",
