@@ -35,7 +35,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2_cross": ("GPT2Model", "GPT2Config", {**_GPT2, "add_cross_attention": True}),
     "vit": ("ViTModel", "ViTConfig", _VIT),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_GROUPED, "num_local_experts": 3}),
-    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16},
+    ),
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
     "gpt_neox": ("GPTNeoXModel", "GPTNeoXConfig", _SIZES),
     "phi3": ("Phi3Model", "Phi3Config", {**_GROUPED, "pad_token_id": 0}),

@@ -160,7 +160,7 @@ class Collector:
             if self.error is None:
                 try:
                     hook(*arguments)
-                except (ActivationError, SharingChangedError) as error:
+                except Exception as error:  # whatever it is, the model is somebody else's
                     self.error = error
                     self._leave_batch()
 
