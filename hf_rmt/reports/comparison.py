@@ -204,12 +204,7 @@ class ModelComparison(Mapping[str, MatrixComparison]):
         folder = Path(folder)
         with store.staged(folder, "comparison") as stage:
             self.to_pandas().to_parquet(stage / "comparison.parquet", index=False)
-            tensors: dict[str, torch.Tensor] = {}
-            descriptions: dict[str, str] = {}
-            for index, comparison in enumerate(self._comparisons.values()):
-                tensors |= {f"{index}/{key}": tensor for key, tensor in comparison.tensors().items()}
-                descriptions[str(index)] = comparison.description()
-            store.save_tensors(stage / "comparison.safetensors", tensors, descriptions)
+            store.save_results(stage / "comparison.safetensors", self._comparisons.values())
             self.before.save(stage / "before")
             self.after.save(stage / "after")
             store.write_manifest(stage, "comparison", {"settings": self.settings, "matrices": list(self)})
@@ -224,12 +219,8 @@ class ModelComparison(Mapping[str, MatrixComparison]):
         """
         folder = Path(folder)
         manifest = store.read_manifest(folder, "comparison")
-        tensors, descriptions = store.load_tensors(store.current(folder, "comparison", "comparison.safetensors"))
-        grouped: dict[str, dict[str, Any]] = {str(index): {} for index in range(len(manifest["matrices"]))}
-        for key, tensor in tensors.items():
-            index, _, rest = key.partition("/")
-            grouped[index][rest] = tensor
-        comparisons = [MatrixComparison.restore(arrays, descriptions[index]) for index, arrays in grouped.items()]
+        path = store.current(folder, "comparison", "comparison.safetensors")
+        comparisons = store.load_results(path, len(manifest["matrices"]), MatrixComparison)
         before, after = (AnalysisReport.load(store.current(folder, "comparison", side)) for side in ("before", "after"))
         return cls(comparisons, before, after, manifest["settings"])
 

@@ -108,13 +108,7 @@ class AnalysisReport(Mapping[str, MatrixResult]):
         folder = Path(folder)
         with store.staged(folder, "report") as stage:
             self.to_pandas().to_parquet(stage / "table.parquet", index=False)
-            tensors = {
-                f"{index}/{key}": tensor
-                for index, result in enumerate(self._results.values())
-                for key, tensor in result.tensors().items()
-            }
-            descriptions = {str(i): result.description() for i, result in enumerate(self._results.values())}
-            store.save_tensors(stage / "arrays.safetensors", tensors, descriptions)
+            store.save_results(stage / "arrays.safetensors", self._results.values())
             store.write_manifest(stage, "report", {"settings": self.settings, "matrices": list(self)})
         return folder
 
@@ -127,12 +121,8 @@ class AnalysisReport(Mapping[str, MatrixResult]):
         """
         folder = Path(folder)
         manifest = store.read_manifest(folder, "report")
-        tensors, descriptions = store.load_tensors(store.current(folder, "report", "arrays.safetensors"))
-        grouped: dict[str, dict[str, Any]] = {str(index): {} for index in range(len(manifest["matrices"]))}
-        for key, tensor in tensors.items():
-            index, _, rest = key.partition("/")
-            grouped[index][rest] = tensor
-        results = [MatrixResult.restore(arrays, descriptions[index]) for index, arrays in grouped.items()]
+        path = store.current(folder, "report", "arrays.safetensors")
+        results = store.load_results(path, len(manifest["matrices"]), MatrixResult)
         return cls(results, manifest["settings"])
 
     def compare(self, after: AnalysisReport) -> ModelComparison:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, Self
 
@@ -148,6 +148,30 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
+
+
+def save_results(path: Path, results: Iterable[Storable]) -> None:
+    """Several results, each with ``tensors()`` and a ``description()``, in one safetensors file."""
+    tensors: dict[str, torch.Tensor] = {}
+    descriptions: dict[str, str] = {}
+    for index, result in enumerate(results):
+        tensors |= {f"{index}/{key}": tensor for key, tensor in result.tensors().items()}
+        descriptions[str(index)] = result.description()
+    save_tensors(path, tensors, descriptions)
+
+
+def load_results(path: Path, count: int, kind: Any) -> list[Any]:
+    """Inverse of ``save_results``, by the ``restore`` of their class.
+
+    Raises:
+        ValueError: missing, truncated or another format.
+    """
+    tensors, descriptions = load_tensors(path)
+    grouped: dict[str, dict[str, torch.Tensor]] = {str(index): {} for index in range(count)}
+    for key, tensor in tensors.items():
+        index, _, rest = key.partition("/")
+        grouped[index][rest] = tensor
+    return [kind.restore(arrays, descriptions[index]) for index, arrays in grouped.items()]
 
 
 def _sync(path: Path) -> None:
