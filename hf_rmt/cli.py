@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from hf_rmt import __version__
 
@@ -87,6 +88,10 @@ _text_options = _options(
 )
 
 
+#: Options that mean nothing without texts.
+_OF_TEXTS = ("columns", "max_tokens", "batch_size", "outputs", "centred")
+
+
 @cli.command()
 @click.argument("model")
 @_analysis_options
@@ -97,25 +102,47 @@ _text_options = _options(
 @click.option("--head", is_flag=True, help="Analyse the head too.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @_text_options
-def analyze(model: str, out: Path, plots: bool, **options: Any) -> None:
+@click.pass_context
+def analyze(context: click.Context, model: str, out: Path, plots: bool, **options: Any) -> None:
     """Hold the weights of MODEL, a checkpoint folder or Hub id, against random matrix theory.
 
     Without --text no model is built and no data is needed.
     """
     from hf_rmt import RMTAnalyzer
 
+    if options["text"] is None:
+        _refuse_options_of_texts(context)
     which = {key: options.pop(key) for key in ("embeddings", "head")}
     revision = options.pop("revision")
-    text = {key: options.pop(key) for key in ("text", "columns", "max_tokens", "batch_size", "outputs", "centred")}
+    text = {key: options.pop(key) for key in ("text", *_OF_TEXTS)}
     options["roles"] = options["roles"] or None
     if text["text"] is None:
         analyzer = RMTAnalyzer.from_checkpoint(model, revision=revision, **which)
     else:
-        from hf_rmt.models.loading import load_model
-
-        analyzer = RMTAnalyzer(load_model(model, revision), **which)
+        analyzer = _ready_to_run(model, revision, which)
         options["covariances"] = _collect(analyzer, out, options, text)
     _finish(analyzer.analyze(folder=out, **options), out, plots)
+
+
+def _refuse_options_of_texts(context: click.Context) -> None:
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is not ParameterSource.DEFAULT
+        if option.name in _OF_TEXTS and given:
+            raise click.UsageError(f"{option.opts[0]} is of no use without --text: give the texts to run over", context)
+
+
+def _ready_to_run(model: str, revision: str | None, which: dict[str, bool]) -> RMTAnalyzer:
+    """The model of a checkpoint, or of the folder of an adapter on its base, in memory."""
+    from hf_rmt import RMTAnalyzer
+    from hf_rmt.comparing import analyzer_of_adapter
+    from hf_rmt.models.adapters import is_adapter
+    from hf_rmt.models.loading import load_model
+
+    if not is_adapter(model):
+        return RMTAnalyzer(load_model(model, revision), **which)
+    if revision is not None:
+        raise click.UsageError(f"--revision is of a checkpoint on the Hub, and {model} is the folder of an adapter")
+    return analyzer_of_adapter(model, **which)
 
 
 def _collect(analyzer: RMTAnalyzer, out: Path, options: dict[str, Any], text: dict[str, Any]) -> ActivationCovariances:

@@ -17,7 +17,7 @@ from hf_rmt.analysis import fingerprint_of
 from hf_rmt.config import CollectConfig
 from hf_rmt.models.activations import ActivationError, Collector, SharingChangedError, sites_of
 from hf_rmt.models.batches import Batch, Batches, one_sequence
-from hf_rmt.models.live import callable_of, is_sharded, unwrap
+from hf_rmt.models.live import adapters_off, callable_of, is_sharded, unwrap
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.models.moment_sums import MomentSum
 from hf_rmt.processes import add_up, broadcast, gather, local_count, raise_together, rank_and_count
@@ -41,7 +41,9 @@ class CollectionRun:
         self.config = config
         encoder_decoder = bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
         self.sites = {site.key: site for site in sites_of(matrices, encoder_decoder, config.outputs)}
-        self.memory = config.memory or free_memory() * _SHARE_OF_MEMORY / local_count()
+        self.memory = config.memory or _free_memory(self.model) * _SHARE_OF_MEMORY
+        self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        self.as_base = any(not getattr(matrix.load, "adapters", True) for matrix in matrices)
         self.rank, self.processes = rank_and_count()
         # A model spread over processes runs in all of them at once, or waits for ever.
         self.in_step = self.processes > 1 and is_sharded(self.model)
@@ -129,8 +131,10 @@ class CollectionRun:
     def _planned(self, batch: dict[str, Any], apart: list[str]) -> list[list[str]]:
         """Which sites to sum in which pass; one sequence of a batch shows which of them share a sum."""
         probe = Collector(self.model, list(self.sites.values()), apart, summing=False)
-        with torch.random.fork_rng(), probe.attached(), _without_gradients():
-            self.model(**one_sequence(batch))
+        # In train mode a BatchNorm takes no single sequence.
+        sample = batch if self.model.training else one_sequence(batch)
+        with torch.random.fork_rng(), probe.attached(), self._running():
+            self.model(**sample)
         owners = probe.owners()
         groups: dict[str, list[str]] = {}
         for key in self.sites:
@@ -143,7 +147,7 @@ class CollectionRun:
         room = 0.0
         for group in groups:
             site = self.sites[group[0]]
-            needed = MomentSum.bytes_for(site.width)
+            needed = MomentSum.bytes_for(site.width, self.dtype)
             if needed > self.memory:
                 raise ValueError(
                     f"the sum of what is at {site.names[0]} takes {needed:,} bytes, and there are {self.memory:,.0f}: "
@@ -171,7 +175,7 @@ class CollectionRun:
         shown = self.config.progress if self.rank == 0 else False
         number, chain = 0, ""
         total = None if shown is False else batches.count(self.processes)  # of texts it takes a pass to know
-        with progress_bar(shown, total) as advance, collector.attached(), _without_gradients():
+        with progress_bar(shown, total) as advance, collector.attached(), self._running():
             for batch, keep in itertools.chain([first], rounds):
                 number += 1
                 chain = chained(chain, batch) if kept is not None else ""
@@ -192,6 +196,14 @@ class CollectionRun:
         self.unfit |= collector.unfit
         self.count = number
         return self._with_sums(done, collector, batches=0, chain=chain, done=done.done + 1)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Without gradients; not in inference mode either, in which it cannot be seen whether a tensor was changed
+        in place. As the base, where its matrices are those of the base."""
+        base = adapters_off(self.model) if self.as_base else contextlib.nullcontext()
+        with base, torch.inference_mode(False), torch.no_grad():
+            yield
 
     def _with_sums(self, earlier: Collected, collector: Collector, **progress: Any) -> Collected:
         """With what a collector has summed since. In a pass that goes on after a kill, other sites may share."""
@@ -286,11 +298,12 @@ class CollectionRun:
             )
 
 
-@contextlib.contextmanager
-def _without_gradients() -> Iterator[None]:
-    """Not in inference mode either, in which it cannot be seen whether a tensor was changed in place."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+def _free_memory(model: nn.Module) -> float:
+    """Bytes for one process where the activations are: on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory() / local_count()
 
 
 def _common_owners(owners: list[dict[str, str]]) -> dict[str, tuple[list[str], list[str | None]]]:

@@ -13,7 +13,7 @@ import torch
 from hf_rmt.analysis import analyse_weight, digest_of
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.adapters import is_adapter, load_adapter
-from hf_rmt.models.live import unwrap
+from hf_rmt.models.live import callable_of, unwrap
 from hf_rmt.models.matrices import WeightMatrix, select
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
@@ -243,41 +243,111 @@ def analyzers_of(before: Any, after: Any) -> tuple[RMTAnalyzer, RMTAnalyzer]:
     """
     if after is None:
         return _base_and_adapted(before)
-    in_memory = [hasattr(side, "named_modules") for side in (before, after)]
-    if all(in_memory) and unwrap(before) is unwrap(after):
-        return _base_and_adapted(after)  # peft puts adapters into the base itself: there is one model
+    models = [_model_of(side) for side in (before, after)]
+    if None not in models and unwrap(models[0]) is unwrap(models[1]):
+        return _sides_of_one_model(before, after)
     return _analyzer_of(before, after), _analyzer_of(after, before)
 
 
-def _base_and_adapted(source: Any) -> tuple[RMTAnalyzer, RMTAnalyzer]:
+def analyzer_of_adapter(folder: str | Path, base: Any = None, **which: bool) -> RMTAnalyzer:
+    """Analyzer of a peft adapter on its base, for which see ``load_adapter``; ``which`` as for ``RMTAnalyzer``.
+
+    Raises:
+        ValueError: the adapter or its base cannot be loaded.
+    """
     from hf_rmt.analyzer import RMTAnalyzer
 
-    adapted = load_adapter(Path(source), None) if is_adapter(source) else source
-    if not hasattr(adapted, "named_modules") or not _has_adapters(adapted):
+    analyzer = RMTAnalyzer(load_adapter(Path(folder), base), **which)
+    analyzer.model_id = f"{folder} on {analyzer.model_id}"
+    return analyzer
+
+
+def _base_and_adapted(source: Any) -> tuple[RMTAnalyzer, RMTAnalyzer]:
+    if is_adapter(source):
+        whole = analyzer_of_adapter(source)
+        return _as_side(whole.model, adapters=False), whole
+    model = _model_of(source)
+    if model is None or not _has_adapters(model):
+        raise _nothing_to_compare_with(source)
+    return _as_side(source, adapters=False), _as_side(source, adapters=True)
+
+
+def _sides_of_one_model(before: Any, after: Any) -> tuple[RMTAnalyzer, RMTAnalyzer]:
+    """Peft puts adapters into the base itself: there is one model, of which one side is the base."""
+    if not _has_adapters(unwrap(_model_of(before))):
+        raise _nothing_to_compare_with(before)
+    old, new = _claim_to_adapters(before), _claim_to_adapters(after)
+    if old == new:
         raise ValueError(
-            f"there is nothing to compare {_called(source)} with: give two models, or one with peft adapters; of a "
-            "model trained in place keep a copy or a checkpoint from before"
+            f"both sides are one {_called(before)} in memory: give it alone to compare it with its base, or one side "
+            "as RMTAnalyzer(model, adapters=False)"
         )
-    base, whole = RMTAnalyzer(adapted, adapters=False), RMTAnalyzer(adapted)
-    whole.model_id = f"{source} on {base.model_id}" if is_adapter(source) else f"{base.model_id} with adapters"
-    return base, whole
+    return _as_side(before, adapters=old > new), _as_side(after, adapters=new > old)
+
+
+def _claim_to_adapters(side: Any) -> int:
+    """0 for an analyzer that leaves adapters out, 2 for a model in peft's wrapper, 1 for the model inside it.
+
+    Of two sides of one model the one with the larger claim is the adapted one.
+    """
+    loaders = [matrix.load for matrix in side.matrices] if _is_analyzer(side) else []
+    if not all(getattr(load, "adapters", True) for load in loaders):
+        return 0
+    model = _model_of(side)
+    return 1 if callable_of(model) is unwrap(model) else 2
+
+
+def _as_side(side: Any, adapters: bool) -> RMTAnalyzer:
+    """A model in memory with or without its adapters; of an analyzer, the matrices that it has."""
+    from hf_rmt.analyzer import RMTAnalyzer
+
+    model: Any = _model_of(side)
+    if _is_analyzer(side):
+        analyzer = RMTAnalyzer(model, adapters=adapters, embeddings=True, head=True)
+        chosen = {matrix.name for matrix in side.matrices}
+        analyzer.matrices = [matrix for matrix in analyzer.matrices if matrix.name in chosen]
+        analyzer.model_id = side.model_id
+    else:
+        analyzer = RMTAnalyzer(model, adapters=adapters)
+    analyzer.model_id += " with adapters" if adapters else ""
+    return analyzer
 
 
 def _analyzer_of(side: Any, other: Any) -> RMTAnalyzer:
     from hf_rmt.analyzer import RMTAnalyzer
 
-    if isinstance(side, RMTAnalyzer):
+    if _is_analyzer(side):
         return side
     if is_adapter(side):
-        analyzer = RMTAnalyzer(load_adapter(Path(side), other))
-        analyzer.model_id = f"{side} on {analyzer.model_id}"
-        return analyzer
+        return analyzer_of_adapter(side, other)
     if isinstance(side, (str, Path)):
         return RMTAnalyzer.from_checkpoint(side)
     return RMTAnalyzer(side)
 
 
+def _is_analyzer(side: Any) -> bool:
+    from hf_rmt.analyzer import RMTAnalyzer
+
+    return isinstance(side, RMTAnalyzer)
+
+
+def _model_of(side: Any) -> Any:
+    """The model in memory that a side is or holds; None if there is none."""
+    if _is_analyzer(side):
+        return side.model
+    return side if hasattr(side, "named_modules") else None
+
+
+def _nothing_to_compare_with(source: Any) -> ValueError:
+    return ValueError(
+        f"there is nothing to compare {_called(source)} with: give two models, or one with peft adapters; of a "
+        "model trained in place keep a copy or a checkpoint from before"
+    )
+
+
 def _called(source: Any) -> str:
+    if _is_analyzer(source):
+        return source.model_id
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 

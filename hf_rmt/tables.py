@@ -87,7 +87,8 @@ def comparison_table(comparison: ModelComparison) -> Table:
         "change: norm of the change over that of the matrix; above, below: change of the number of singular "
         f"values beyond the Marchenko-Pastur edges, sigma {comparison.settings['sigma']}; intruders: of the ten "
         "largest right and left singular vectors after, those unlike any before; deciles: where the change has most "
-        "energy (1 holds the largest singular values), in multiples of what a change without direction has there",
+        "energy (1 holds the largest singular values, out: what is outside the span of the vectors), in multiples of "
+        "what a change without direction has there, if above 1",
         (*_COMPARED, "right\ndeciles", "left\ndeciles"),
     )
     ratios = [comparison.energy_over_expectation("right"), comparison.energy_over_expectation("left")]
@@ -102,7 +103,7 @@ def _new_table(title: str, caption: str, headings: Iterable[str]) -> Table:
     table = Table(
         title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    table.add_column("role", no_wrap=True)
+    table.add_column("role", overflow="fold")  # where a terminal is narrow, names give way, not numbers
     for heading in ("blocks", *headings):
         table.add_column(heading, justify="right", no_wrap=True)
     return table
@@ -122,5 +123,6 @@ def _count(mean: float, spread: float, share: bool) -> str:
 
 
 def _leading(ratios: pd.Series) -> str:
-    """The two deciles of the most energy, as ``3x2.1 4x1.2``."""
-    return " ".join(f"{decile}x{ratio:.2g}" for decile, ratio in ratios.dropna().nlargest(2).items())
+    """The two deciles of the most energy among those above 1, as ``3x2.1 4x1.2``."""
+    shown = ratios.rename({"outside": "out"}).dropna().round(1)
+    return " ".join(f"{decile}x{ratio:.1f}" for decile, ratio in shown[shown > 1].nlargest(2).items())

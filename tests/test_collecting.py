@@ -20,7 +20,7 @@ from hf_rmt.workers import threads
 Batch = dict[str, torch.Tensor]
 BATCHES = 5
 #: Of the bert of the tests: sums of 64 features, and one of 128.
-SMALL, LARGE = MomentSum.bytes_for(64), MomentSum.bytes_for(128)
+SMALL, LARGE = MomentSum.bytes_for(64, torch.float64), MomentSum.bytes_for(128, torch.float64)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import hf_rmt
 
 
 def test_every_public_name_is_there_and_documented() -> None:
-    assert hf_rmt.__all__ == sorted(hf_rmt.__all__, key=lambda name: (name.startswith("_"), name))
+    assert hf_rmt.__all__ == sorted(hf_rmt.__all__, key=lambda name: (not name[0].isupper(), name))
     for name in hf_rmt.__all__:
         value = getattr(hf_rmt, name)
         assert name == "__version__" or value.__doc__

@@ -7,6 +7,7 @@ routed to one expert. Sites that see the same tensor (query, key and value; gate
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -103,9 +104,12 @@ class Collector:
     Attributes:
         batches: number of forward passes summed.
         unfit: names of matrices whose activations did not fit the attention mask, of which every position counted.
-        keep_rows: sequences of the next batch that count, the first ones; None for all.
+        keep_rows: sequences of the next batch that count, the first ones, or a function that tells by its size;
+            None for all.
+        skipped: names of matrices for whose sums there was no memory.
         earlier: batches summed before, by a run that was killed; errors count them.
         error: what ended the collection, of a ``guest``.
+        training_only: count forward passes with gradients alone, not those of references and generations.
     """
 
     def __init__(
@@ -116,11 +120,15 @@ class Collector:
         *,
         summing: bool = True,
         guest: bool = False,
+        memory: float = math.inf,
     ):
         """``model``: the module that is called; ``apart``: sites that never share a sum; without ``summing`` it
         is only seen which sites share one; a ``guest`` in somebody else's forward pass keeps its errors to
-        itself, and sees no more after the first."""
+        itself, and sees no more after the first; ``memory``: bytes for the sums."""
         self.guest = guest
+        self.memory = memory
+        self.skipped: list[str] = []
+        self.training_only = False
         self.error: Exception | None = None
         self.model = model
         self.sites = sites
@@ -129,7 +137,7 @@ class Collector:
         self.batches = 0
         self.earlier = 0
         self.unfit: set[str] = set()
-        self.keep_rows: int | None = None
+        self.keep_rows: int | Callable[[int], int | None] | None = None
         self._states: dict[str, _State] = {}
         self._masks: TokenMasks | None = None
 
@@ -137,17 +145,18 @@ class Collector:
     def attached(self) -> Iterator[None]:
         """Watches every forward pass of the model meanwhile; hooks come off whatever happens."""
         with contextlib.ExitStack() as stack:
+            self._at_sites = stack.enter_context(contextlib.ExitStack())
             for module, sites in self._by_module().items():
-                for handle in self._hook(module, sites, stack):
-                    stack.callback(handle.remove)
+                for handle in self._hook(module, sites, self._at_sites):
+                    self._at_sites.callback(handle.remove)
             handles = (
                 self.model.register_forward_pre_hook(self._guarded(self._begin_batch), with_kwargs=True, prepend=True),
                 self.model.register_forward_hook(self._guarded(self._end_batch)),
-                self.model.register_forward_hook(self._leave_batch, always_call=True),
+                self.model.register_forward_hook(self._after_batch, always_call=True),
             )
             for handle in handles:
                 stack.callback(handle.remove)
-            stack.enter_context(eager(self.model, self.guest))
+            self._at_sites.enter_context(eager(self.model, self.guest))
             stack.callback(self._leave_batch)
             yield
 
@@ -198,6 +207,8 @@ class Collector:
             yield module.register_forward_hook(self._guarded(leave))
 
     def _begin_batch(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.training_only and not torch.is_grad_enabled():
+            return
         self._masks = TokenMasks.of_call(unwrap(model), args, kwargs, self.keep_rows)
         if self.summing and self._masks.empty():
             raise ActivationError(f"batch {self.earlier + self.batches}: the attention mask leaves no token")
@@ -205,10 +216,19 @@ class Collector:
             state.begin_batch()
 
     def _end_batch(self, *_: Any) -> None:
+        if self._masks is None:
+            return
         for state in self._states.values():
             if state.leader is not None and state.calls != state.leader.calls:
                 raise SharingChangedError(state.site.key)
         self.batches += 1
+        self._leave_batch()
+
+    def _after_batch(self, *_: Any) -> None:
+        """Where the batch did not come to its end, what called the model may not come back to take the hooks off."""
+        if self._masks is not None:
+            self._leave_batch()
+            self._at_sites.close()
 
     def _leave_batch(self, *_: Any) -> None:
         # A module that runs again in the backward pass (gradient checkpointing) finds no batch to count for.
@@ -244,9 +264,17 @@ class Collector:
                     f"{site.names[0]}: activations of {activations.shape[-1]} features for a weight of {site.width}"
                 )
             leader = self._leader(site, activations)
-            total = MomentSum(site.width) if self.summing and leader is None else None
+            total = MomentSum(site.width) if self.summing and leader is None and self._fits(site, activations) else None
             self._states[site.key] = _State(site, total, leader)
         return self._states[site.key]
+
+    def _fits(self, site: Site, activations: torch.Tensor) -> bool:
+        needed = MomentSum.bytes_for(site.width, activations.dtype)
+        if needed > self.memory:
+            self.skipped.append(site.names[0])
+            return False
+        self.memory -= needed
+        return True
 
     def _leader(self, site: Site, activations: torch.Tensor) -> _State | None:
         """A site of this batch with the same tensor. Once batches were summed it is too late to share."""
@@ -275,7 +303,8 @@ class Collector:
 
     def owners(self) -> dict[str, str]:
         """For every site that was seen, the key of the one whose sum is its own."""
-        return {key: (state.leader or state).site.key for key, state in self._states.items()}
+        leaders = {key: state.leader or state for key, state in self._states.items()}
+        return {key: state.site.key for key, state in leaders.items() if state.sum is not None or not self.summing}
 
 
 class _State:

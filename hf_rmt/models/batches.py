@@ -141,9 +141,23 @@ def _share(source: Iterable[Any], rank: int, processes: int) -> Iterator[tuple[A
             yield batch, min(left, _size(batch))
             left = max(0, left - _size(batch))
     else:
+        if processes > 1:
+            _refuse_shuffled(source)
         for number, batch in enumerate(source):
             if number % processes == rank:
                 yield batch, None
+
+
+def _refuse_shuffled(source: Iterable[Any]) -> None:
+    """Every process draws an order of its own, so that some samples would come twice and some never."""
+    from torch.utils.data import RandomSampler
+
+    sampler = getattr(source, "sampler", None)
+    if isinstance(sampler, RandomSampler) and sampler.generator is None:
+        raise ValueError(
+            "the DataLoader is shuffled, in another order in every process: give shuffle=False, a generator with "
+            "the same seed, or the loader as accelerator.prepare makes it"
+        )
 
 
 def rows_to_keep(loader: Any, size: int, rank: int) -> int | None:

@@ -64,7 +64,8 @@ class ExpertCalls(TorchFunctionMode):
             self.positions = index.nonzero().flatten() if index.dtype == torch.bool else index
         elif source.ndim == 3 and result.ndim == 2 and (name := self._stack_of(source)) is not None:
             expert = index[0] if isinstance(index, tuple) else index
-            self.weights[id(result)] = (name, int(expert), result)  # kept, or its id may be another's
+            if isinstance(expert, int) or (isinstance(expert, torch.Tensor) and expert.numel() == 1):
+                self.weights[id(result)] = (name, int(expert), result)  # kept, or its id may be another's
 
     def _is_hidden(self, source: torch.Tensor) -> bool:
         """Whether this is what entered the module, one position a row."""

@@ -50,6 +50,29 @@ def callable_of(model: Any) -> nn.Module:
             return model
 
 
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Lets a model with peft adapters run as its base for a while.
+
+    Raises:
+        ValueError: adapters are merged into the weights.
+    """
+    tuners: list[Any] = [m for m in model.modules() if hasattr(m, "enable_adapters") and hasattr(m, "base_layer")]
+    if any(tuner.merged for tuner in tuners):
+        raise ValueError("adapters are merged into the weights, so the base cannot run: unmerge them first")
+    wrappers: list[Any] = [
+        m for m in model.modules() if hasattr(m, "modules_to_save") and hasattr(m, "enable_adapters")
+    ]
+    switched = [module for module in (*tuners, *wrappers) if not module.disable_adapters]
+    try:
+        for module in switched:
+            module.enable_adapters(False)
+        yield
+    finally:
+        for module in switched:
+            module.enable_adapters(True)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold the parameters together (FSDP2), so that all have to read and run in step."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

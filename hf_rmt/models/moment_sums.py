@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from hf_rmt.theory.covariance import Moments
@@ -26,9 +29,9 @@ class MomentSum:
         self._origin: torch.Tensor | None = None
 
     @staticmethod
-    def bytes_for(width: int) -> int:
-        """Memory that one sum takes, products in float32."""
-        return 12 * width * width
+    def bytes_for(width: int, dtype: torch.dtype = torch.float32) -> int:
+        """Memory that one sum takes, of activations of this dtype: itself, and products to come."""
+        return (8 + (8 if dtype == torch.float64 else 4)) * width * width
 
     def add(self, rows: torch.Tensor) -> None:
         """Add the rows of ``(tokens, width)``.
@@ -46,7 +49,7 @@ class MomentSum:
             rows = rows.to(self._origin)
         rows = rows - self._origin
         total = rows.sum(0)
-        with torch.autocast(rows.device.type, enabled=False):
+        with torch.autocast(rows.device.type, enabled=False), full_precision(rows.device):
             add_gram(self._pending, rows)
         if not bool((total + self._pending.diagonal()).isfinite().all()):
             raise FloatingPointError("NaN or Inf among the activations")
@@ -90,3 +93,19 @@ class MomentSum:
         add_outer_both_ways(outer, origin, total + self.tokens / 2 * origin)
         mirror_lower(outer)
         return Moments(outer, total + self.tokens * origin, self.tokens, self._eps)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products in float32 proper for a while, also where the caller has allowed TF32."""
+    if device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(settings, name)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)

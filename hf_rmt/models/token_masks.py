@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,11 @@ class TokenMasks:
 
     @classmethod
     def of_call(
-        cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep_rows: int | None
+        cls,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        keep_rows: int | Callable[[int], int | None] | None,
     ) -> TokenMasks:
         """The masks in the arguments of a model's forward pass."""
         named = {**_named(model, args), **kwargs}
@@ -54,11 +58,14 @@ class TokenMasks:
             decoder = _token_mask(named.get("decoder_attention_mask"))
             if decoder is None:
                 decoder = _mask_of_labels(named.get("labels"), named.get("decoder_input_ids"))
+            if decoder is None:
+                decoder = _without_padding(named.get("decoder_input_ids"), getattr(model.config, "pad_token_id", None))
             masks = {MAIN: attention, CROSS: attention, DECODER: decoder}
         else:
             masks = {MAIN: attention, CROSS: _token_mask(named.get("encoder_attention_mask"))}
         sizes = [len(value) for value in named.values() if isinstance(value, torch.Tensor) and value.ndim > 1]
-        return cls(masks, sizes[0] if sizes else 0, keep_rows)
+        size = sizes[0] if sizes else 0
+        return cls(masks, size, keep_rows(size) if callable(keep_rows) else keep_rows)
 
     def _kept(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """The mask without the rows that do not count; None where every position does."""
@@ -150,3 +157,12 @@ def _mask_of_labels(labels: Any, inputs: Any) -> torch.Tensor | None:
     if not isinstance(labels, torch.Tensor) or (inputs is not None and inputs.shape != labels.shape):
         return None
     return _token_mask(labels != -100)
+
+
+def _without_padding(ids: Any, padding: int | None) -> torch.Tensor | None:
+    """All but the padding at the end of each sequence; its first token may be the padding token and counts."""
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or padding is None:
+        return None
+    real = ids != padding
+    real[:, 0] = True
+    return real.flip(1).cummax(1).values.flip(1)

@@ -44,10 +44,24 @@ class ActivationCovariances(Mapping[str, Moments]):
         self.fingerprints = fingerprints
 
     def __getitem__(self, name: str) -> Moments:
-        """Moments of what enters one matrix."""
-        if name not in self._inputs:
-            raise KeyError(f"no activations of {name!r} were collected; there are {', '.join(self._inputs) or 'none'}")
-        return self._sums[self._inputs[name]]
+        """Moments of what enters one matrix, by its name, or by its path in a headed model.
+
+        Raises:
+            KeyError: no activations of it were collected; the message names the nearest ones.
+        """
+        known = known_name(name, self._inputs)
+        if known is None:
+            raise KeyError(f"no activations of {name!r} were collected; {nearest(name, self._inputs)}")
+        return self._sums[self._inputs[known]]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there are moments of the matrix of exactly this name: an analysis asks for its own matrices."""
+        return name in self._inputs
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Moments of what enters one matrix; ``default`` where none were collected."""
+        known = known_name(name, self._inputs)
+        return default if known is None else self._sums[self._inputs[known]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -57,12 +71,13 @@ class ActivationCovariances(Mapping[str, Moments]):
 
     def output(self, name: str) -> Moments | None:
         """Moments of what one matrix puts out, bias included; None where outputs were not collected."""
-        key = self._outputs.get(name)
-        return None if key is None else self._sums[key]
+        known = known_name(name, self._outputs)
+        return None if known is None else self._sums[self._outputs[known]]
 
     def shared(self, name: str) -> list[str]:
         """All matrices that read the same activations as this one."""
-        return [other for other, key in self._inputs.items() if key == self._inputs[name]]
+        own = self._inputs.get(known_name(name, self._inputs) or "")
+        return [other for other, key in self._inputs.items() if key == own]
 
     def key(self, name: str, output: bool = False) -> str | None:
         """What the sums of a matrix are called: the same for matrices that share them."""
@@ -95,26 +110,60 @@ class ActivationCovariances(Mapping[str, Moments]):
     def __add__(self, other: ActivationCovariances) -> ActivationCovariances:
         """The covariances of both data sets together.
 
+        A matrix that no token reached in one of them (``settings["silent"]``) has what the other has. Matrices
+        share a sum where they do in both.
+
         Raises:
             ValueError: they are of different matrices, weights or centring.
         """
         if not isinstance(other, ActivationCovariances):
             return NotImplemented
         self._check_addable(other)
-        sums = {key: moments + other._sums[key] for key, moments in self._sums.items()}
+        inputs, outputs = (self._pairs(other, side) for side in ("_inputs", "_outputs"))
+        keys = _keys_of({**dict.fromkeys(inputs.values()), **dict.fromkeys(outputs.values())})
+        sums = {key: self._sum_of(other, pair) for pair, key in keys.items()}
         counts = {key: self.settings.get(key, 0) + other.settings.get(key, 0) for key in ("batches", "tokens")}
         dropout = bool(self.settings.get("dropout") or other.settings.get("dropout"))
-        return self._like(sums=sums, settings=self.settings | counts | {"dropout": dropout})
+        silent = self._in_order(other, (*self._silent(), *other._silent()))
+        return self._like(
+            sums=sums,
+            inputs={name: keys[pair] for name, pair in inputs.items()},
+            outputs={name: keys[pair] for name, pair in outputs.items()},
+            settings=self.settings
+            | counts
+            | {"dropout": dropout, "silent": [name for name in silent if name not in inputs]},
+        )
+
+    def _silent(self) -> list[str]:
+        """Matrices that no token reached."""
+        return self.settings.get("silent", [])
+
+    def _in_order(self, other: ActivationCovariances, names: Iterable[str]) -> list[str]:
+        """The names once each, in the order of the model where that is known."""
+        wanted = dict.fromkeys(names)
+        return [name for name in dict.fromkeys((*self.fingerprints, *wanted)) if name in wanted]
+
+    def _pairs(self, other: ActivationCovariances, side: str) -> dict[str, _Pair]:
+        """For each matrix of either, the keys of its sums in both."""
+        mine, theirs = getattr(self, side), getattr(other, side)
+        return {name: (mine.get(name), theirs.get(name)) for name in self._in_order(other, (*mine, *theirs))}
+
+    def _sum_of(self, other: ActivationCovariances, pair: _Pair) -> Moments:
+        mine, theirs = (own._sums.get(key or "") for own, key in zip((self, other), pair, strict=True))
+        if mine is None or theirs is None:
+            return mine or theirs  # type: ignore[return-value]
+        if len(mine.total) != len(theirs.total):
+            raise ValueError(f"covariances of different models cannot be added; the widths of {pair[0]} differ")
+        return mine + theirs
 
     def _check_addable(self, other: ActivationCovariances) -> None:
         for mine, theirs in ((self._inputs, other._inputs), (self._outputs, other._outputs)):
-            if mine != theirs:
-                differing = sorted({*mine.items()} ^ {*theirs.items()})
-                names = ", ".join(sorted({name for name, _ in differing})[:5])
+            lacking = (mine.keys() - theirs.keys() - {*other._silent()}) | (
+                theirs.keys() - mine.keys() - {*self._silent()}
+            )
+            if lacking:
+                names = ", ".join(sorted(lacking)[:5])
                 raise ValueError(f"covariances of different matrices cannot be added; they differ in {names}")
-        for key, moments in self._sums.items():
-            if len(moments.total) != len(other._sums[key].total):
-                raise ValueError(f"covariances of different models cannot be added; the widths of {key} differ")
         if self.fingerprints != other.fingerprints:
             raise ValueError("covariances of different weights cannot be added; see for_any_weights()")
         if self.centred != other.centred:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +40,10 @@ class AnalysisReport(Mapping[str, MatrixResult]):
         Raises:
             KeyError: no such matrix; the message names the nearest ones.
         """
-        name = name.removesuffix(".weight")
-        if name in self._results:
-            return self._results[name]
-        ends = [known for known in self._results if name.endswith(f".{known}")]
-        if len(ends) == 1:
-            return self._results[ends[0]]
-        import difflib
-
-        near = difflib.get_close_matches(name, self._results, 3, 0.3)
-        raise KeyError(f"no matrix {name!r} in this report of {len(self)}; the nearest are {', '.join(near) or 'none'}")
+        known = known_name(name, self._results)
+        if known is None:
+            raise KeyError(f"no matrix {name!r} in this report of {len(self)}; {nearest(name, self._results)}")
+        return self._results[known]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._results)
@@ -148,3 +142,21 @@ class AnalysisReport(Mapping[str, MatrixResult]):
         from hf_rmt.reports import plots
 
         return plots.draw_all(self, Path(folder), matrix)
+
+
+def known_name(name: str, known: Collection[str]) -> str | None:
+    """Which of the known names of matrices is meant by a name, or by its path in a headed model; None if none is."""
+    name = name.removesuffix(".weight")
+    if name in known:
+        return name
+    ends = [name[dot + 1 :] for dot, letter in enumerate(name) if letter == "."]
+    meant = [end for end in ends if end in known]
+    return meant[0] if len(meant) == 1 else None
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The known names most like one that is unknown, as an error says them."""
+    import difflib
+
+    near = difflib.get_close_matches(name, known, 3, 0.3)
+    return f"the nearest are {', '.join(near) or 'none'}"

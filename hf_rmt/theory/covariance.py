@@ -65,14 +65,21 @@ class Moments:
         if pair is None:
             raise RuntimeError("the eigensolver did not converge on an activation covariance")
         values, vectors = pair[0].flip(0).clamp_min(0), pair[1].flip(1).mT.contiguous()
-        # Products are made about a point near the mean (``MomentSum``), so their rounding does not see the
-        # mean's own eigenvalue; the second one is at most the largest of the rest.
-        varying = values[0 if centred else min(1, len(values) - 1)]
+        # Products are made about a point near the mean (``MomentSum``), so their rounding does not see the mean.
+        varying = values[0] if centred else _largest_eigenvalue(self.covariance(centred=True))
         # The mean that centring takes out leaves the rounding of its own size behind.
         largest = values[0] + centred * (self.mean @ self.mean)
         noise = torch.maximum(self.eps * varying, len(values) * torch.finfo(torch.float64).eps * largest)
         rank = min(int((values > noise).sum()), self.tokens - centred)
         return Eigenbasis(values, vectors, max(rank, 0), self.tokens, centred)
+
+
+def _largest_eigenvalue(symmetric: torch.Tensor, rounds: int = 30) -> torch.Tensor:
+    """Of a positive matrix, by power iteration, to a few per cent."""
+    vector = symmetric[symmetric.diagonal().argmax()]
+    for _ in range(rounds):
+        vector = symmetric @ (vector / vector.norm().clamp_min(torch.finfo(symmetric.dtype).tiny))
+    return vector.norm()
 
 
 @dataclass(frozen=True, eq=False)

@@ -575,13 +575,18 @@ def test_adapters(make_model) -> None:
     ]
     base = collect(model, batches, adapters=False, outputs=True)
     analyzer = RMTAnalyzer(model, adapters=False)
-    rows = explicit(model, analyzer.matrices, batches)
+    with model.disable_adapter():
+        rows = explicit(model, analyzer.matrices, batches)
     for matrix in analyzer.matrices:
         output = base.output(matrix.name)
         assert output is not None
         assert_moments(base[matrix.name], rows[matrix.name, "input"], 1e-12)
         assert_moments(output, rows[matrix.name, "output"], 1e-12)  # by the base's weight alone
     assert base.fingerprints != found.fingerprints
+    assert_same_covariances(collect(model, batches), found)  # the adapters are on again
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge them first"):
+        collect(model, batches, adapters=False)
 
 
 def test_adapters_of_experts(make_model) -> None:
