@@ -263,18 +263,18 @@ def analyzer_of_adapter(folder: str | Path, base: Any = None, **which: bool) -> 
 
 
 def _base_and_adapted(source: Any) -> tuple[RMTAnalyzer, RMTAnalyzer]:
-    if is_adapter(source):
-        whole = analyzer_of_adapter(source)
-        return _as_side(whole.model, adapters=False), whole
-    model = _model_of(source)
+    side = analyzer_of_adapter(source) if is_adapter(source) else source
+    model = _model_of(side)
     if model is None or not _has_adapters(model):
         raise _nothing_to_compare_with(source)
+    if is_adapter(source):
+        return _as_side(model, adapters=False), side
     return _as_side(source, adapters=False), _as_side(source, adapters=True)
 
 
 def _sides_of_one_model(before: Any, after: Any) -> tuple[RMTAnalyzer, RMTAnalyzer]:
     """Peft puts adapters into the base itself: there is one model, of which one side is the base."""
-    if not _has_adapters(unwrap(_model_of(before))):
+    if not _has_adapters(_model_of(before)):
         raise _nothing_to_compare_with(before)
     old, new = _claim_to_adapters(before), _claim_to_adapters(after)
     if old == new:

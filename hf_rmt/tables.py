@@ -91,6 +91,7 @@ def comparison_table(comparison: ModelComparison) -> Table:
         "what a change without direction has there, if above 1",
         (*_COMPARED, "right\ndeciles", "left\ndeciles"),
     )
+    table.padding = 0  # one space between columns is the box's own, and there are 80 in all
     ratios = [comparison.energy_over_expectation("right"), comparison.energy_over_expectation("left")]
     for role, row in comparison.by_role().iterrows():
         means = [([row[(column, "mean")] for column in columns], spec) for columns, spec in _COMPARED.values()]
@@ -124,5 +125,5 @@ def _count(mean: float, spread: float, share: bool) -> str:
 
 def _leading(ratios: pd.Series) -> str:
     """The two deciles of the most energy among those above 1, as ``3x2.1 4x1.2``."""
-    shown = ratios.rename({"outside": "out"}).dropna().round(1)
-    return " ".join(f"{decile}x{ratio:.1f}" for decile, ratio in shown[shown > 1].nlargest(2).items())
+    leading = ratios.rename({"outside": "out"}).dropna().nlargest(2)
+    return " ".join(f"{decile}x{ratio:.1f}" for decile, ratio in leading[leading.round(1) > 1].items())

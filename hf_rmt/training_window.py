@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ logger = logging.getLogger(__name__)
 class TrainingWindow:
     """Collects activations from the forward passes of a Trainer, step by step, without passes of its own.
 
-    What goes wrong here never stops the training: the covariances of the window are missing then.
+    Passes without gradients (of a reference model, of a generation) do not count. What goes wrong here never
+    stops the training: the covariances of the window are missing then. Sums for which there is no memory are
+    left out.
     """
 
     def __init__(self, analyzer: RMTAnalyzer):
@@ -39,7 +42,9 @@ class TrainingWindow:
         self._begin()
 
     def _begin(self) -> None:
-        self._collector = Collector(self.run.model, list(self.run.sites.values()), self.apart, guest=True)
+        sites = list(self.run.sites.values())
+        self._collector = Collector(self.run.model, sites, self.apart, guest=True, memory=self.run.memory)
+        self._collector.training_only = True
         self.run.dropout = False
 
     def open(self, loader: Any, args: TrainingArguments) -> None:
@@ -53,13 +58,14 @@ class TrainingWindow:
         self._number += 1
         self._collector.keep_rows = self._keep_rows()
 
-    def _keep_rows(self) -> int | None:
+    def _keep_rows(self) -> Any:
         """All but the repeats in the last batch of an epoch, of several that the loader gave in advance."""
         if self.run.processes == 1 or not hasattr(self._loader, "end_of_dataloader"):
             return None
-        if self._number != (len(self._loader) - 1) % self._args.gradient_accumulation_steps:
+        accumulated = self._args.gradient_accumulation_steps
+        if accumulated > 1 and self._number != (length_of(self._loader) - 1) % accumulated:
             return None
-        return rows_to_keep(self._loader, self._args.train_batch_size, self.run.rank)
+        return functools.partial(rows_to_keep, self._loader, rank=self.run.rank)
 
     def close(self) -> None:
         """Stop watching until the next ``open``."""
@@ -73,11 +79,25 @@ class TrainingWindow:
         errors = [error for error in gather(None if collector.error is None else str(collector.error)) if error]
         if isinstance(collector.error, SharingChangedError):
             self.apart.append(collector.error.site)
-        if errors:
-            logger.warning("no covariances this time: %s", errors[0])
         found = None
         if not errors and any(gather(collector.batches)):
-            self.run.count = collector.batches
-            found = self.run.joined(Collected([]).with_sums(*collector.result(final=True)), self.analyzer.origin, {})
+            self.run.count, self.run.unfit = collector.batches, set(collector.unfit)
+            try:
+                sums = Collected([]).with_sums(*collector.result(final=True))
+                found = self.run.joined(sums, self.analyzer.origin, {})
+            except Exception as error:  # the same in every process
+                errors.append(str(error))
+        if errors:
+            logger.warning("no covariances this time: %s", errors[0])
+        if collector.skipped:
+            logger.warning("no memory for the covariances of %s", ", ".join(collector.skipped))
         self._begin()
         return found
+
+
+def length_of(loader: Any) -> int:
+    """Number of batches; 0 of a stream, which has none to tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return 0

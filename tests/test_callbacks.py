@@ -186,6 +186,92 @@ def test_a_column_decides_which_model_is_best(tmp_path: Path) -> None:
     assert len(evaluated) == 2 and callback.comparison is not None
 
 
+def test_an_overlap_decides_and_evaluations_have_their_window(tmp_path: Path) -> None:
+    name = "rmt/query/overlap_bulk"
+    callback = {"covariances": 2, "columns": ["overlap_bulk", "stable_rank"]}
+    training, watching = run(
+        tmp_path, callback=callback, eval_strategy="steps", eval_steps=5, metric_for_best_model=name
+    )
+    batches = {step: AnalysisReport.load(path).settings["covariances"] for step, path in watching.reports.items()}
+    assert {step: found and found["batches"] for step, found in batches.items()} == {0: None, 5: 2, 10: 2, 12: 2}
+    assert [entry["step"] for entry in training.state.log_history if name in entry] == [5, 10, 12]
+    assert training.state.best_metric is not None
+
+
+def test_the_best_model_is_compared_and_kept_apart(tmp_path: Path) -> None:
+    best = dict(metric_for_best_model="rmt/query/stable_rank", greater_is_better=True, load_best_model_at_end=True)
+    for keep in (True, False):
+        training, callback = run(
+            tmp_path / str(keep),
+            callback={"every": "epoch", "keep_start": keep},
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            **best,
+        )
+        assert callback.last.name == "final" and callback.reports[12].name == "step-12"
+        now = RMTAnalyzer(training.model).analyze().to_pandas()
+        assert callback.comparison.after.to_pandas().s_max.equals(now.s_max)
+
+
+def test_passes_without_gradients_do_not_count(tmp_path: Path) -> None:
+    class WithReference(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                model(**inputs)
+            return super().compute_loss(model, inputs, **kwargs)
+
+    plain = trainer(tmp_path)
+    training = WithReference(plain.model, plain.args, train_dataset=data())
+    callback = RMTCallback(training, covariances=2)
+    training.add_callback(callback)
+    training.train()
+    assert AnalysisReport.load(callback.last).settings["covariances"]["batches"] == 2
+
+
+def test_streams(tmp_path: Path) -> None:
+    plain = trainer(tmp_path, max_steps=4)
+    training = Trainer(plain.model, plain.args, train_dataset=data().to_iterable_dataset())
+    callback = RMTCallback(training, every="epoch", covariances=2)
+    training.add_callback(callback)
+    training.train()
+    assert AnalysisReport.load(callback.last).settings["covariances"]["batches"] == 2
+
+
+def test_without_the_first_weights_overlaps_are_left_out_of_the_comparison(tmp_path: Path) -> None:
+    _, callback = run(tmp_path, callback={"keep_start": False, "covariances": 2})
+    assert "overlap_bulk_change" not in callback.comparison.to_pandas()
+
+
+def test_what_fails_after_the_collection_does_not_stop_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unused(BertForSequenceClassification):
+        def forward(self, **inputs: Any) -> Any:
+            loss = self.classifier(torch.zeros(len(inputs["labels"]), 48)).logsumexp(1).sum()
+            return {"loss": loss, "logits": torch.zeros(len(inputs["labels"]), 2)}
+
+    _, callback = run(tmp_path, Unused(model().config), {"covariances": 2}, remove_unused_columns=False)
+    assert "called none of the modules" in caplog.text and callback.comparison is not None
+
+
+def test_a_run_that_breaks_off_leaves_no_hooks(tmp_path: Path) -> None:
+    net = model()
+    net.bert.encoder.layer[0].output.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, net, {"covariances": 20})
+    query = net.bert.encoder.layer[0].attention.self.query
+    assert not query._forward_hooks and not query._forward_pre_hooks
+
+
+def test_another_choice_on_resuming_is_refused_at_once(tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(save_strategy="epoch", num_train_epochs=1)
+    run(tmp_path, **options)
+    again = trainer(tmp_path, **(options | {"num_train_epochs": 2}))
+    again.add_callback(RMTCallback(again, roles="query"))
+    with pytest.raises(ValueError, match="belongs to another analysis: matrices"):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(tmp_path, report_to="tensorboard")
@@ -218,7 +304,15 @@ def test_bad_settings_and_models(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     with pytest.raises(ValueError, match="has no weight matrix to analyse"):
         RMTCallback(training)
     with pytest.raises(ValueError, match="no column stable_runk"):
-        run(tmp_path, callback={"columns": ["stable_runk"]})
+        RMTCallback(columns=["stable_runk"])
+    with pytest.raises(ValueError, match="no column overlap_above"):  # without covariances there are no overlaps
+        RMTCallback(columns="overlap_above")
+    with pytest.raises(ValueError, match="every is True"):
+        RMTCallback(every=True)
+    with pytest.raises(ValueError, match="covariances is -2"):
+        RMTCallback(covariances=-2)
+    with pytest.raises(ValueError, match="sides is 'left'"):
+        RMTCallback(covariances=2, sides="left")
     with pytest.raises(ValueError, match="metric_for_best_model is 'rmt/query/alpha', which is not logged"):
         run(tmp_path, metric_for_best_model="rmt/query/alpha")
     alone = trainer(tmp_path, num_train_epochs=0.1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from hf_rmt import AnalysisReport, ModelComparison, __version__
+from hf_rmt import AnalysisReport, ModelComparison, RMTAnalyzer, __version__
 from hf_rmt.cli import cli
 
 
@@ -88,6 +90,51 @@ def test_errors_are_one_line_and_2(arguments, message: str, checkpoint: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "option", ["--max-tokens 5", "--column text", "--outputs", "--centred", "--batch-size 16", "--batch-size 3"]
+)
+def test_options_of_texts_need_texts(option: str, tmp_path) -> None:
+    result = CliRunner().invoke(cli, ["analyze", "MODEL", "--out", str(tmp_path / "o"), *option.split()])
+    assert result.exit_code == 2
+    assert f"{option.partition(' ')[0]} is of no use without --text" in " ".join(result.output.split())
+
+
+def _adapter_of_a_model_with_words(make_model, folder: Path) -> Path:
+    """An adapter, on a base that has a tokenizer, and a file of text beside them."""
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
+        folder / "base"
+    )
+    make_model("bert").save_pretrained(folder / "base")
+    base = transformers.AutoModel.from_pretrained(folder / "base")
+    config = LoraConfig(target_modules=["query"], r=2, init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(folder / "adapter")
+    (folder / "texts.txt").write_text("a b a\nb b\n")
+    return folder / "adapter"
+
+
+def test_texts_run_through_the_folder_of_an_adapter(make_model, tmp_path) -> None:
+    pytest.importorskip("peft")
+    adapter = _adapter_of_a_model_with_words(make_model, tmp_path)
+    arguments = ["analyze", str(adapter), "--out", str(tmp_path / "o"), "--no-plots", "--role", "query"]
+    texts = ["--text", str(tmp_path / "texts.txt"), "--centred"]
+    result = CliRunner().invoke(cli, [*arguments, *texts])
+    assert result.exit_code == 0, result.output
+    report = AnalysisReport.load(tmp_path / "o")
+    assert report.settings["model"] == f"{adapter} on {tmp_path / 'base'}"
+    assert report.settings["covariances"]["tokens"] == 5 and report.settings["covariances"]["centred"]
+    base = RMTAnalyzer.from_checkpoint(tmp_path / "base").analyze(roles="query", sides="none")
+    assert all(abs(report[name].row["s_max"] - base[name].row["s_max"]) > 1e-6 for name in base)
+    result = CliRunner().invoke(cli, [*arguments, *texts, "--revision", "main"])
+    assert result.exit_code == 2 and "--revision is of a checkpoint" in result.output
+    result = CliRunner().invoke(cli, arguments)
+    assert isinstance(result.exception, ValueError) and "adapter" in str(result.exception)
+
+
 def test_ctrl_c(checkpoint: Path, tmp_path, monkeypatch, capsys) -> None:
     import hf_rmt.run
     from hf_rmt import cli as module
@@ -143,9 +190,49 @@ def test_compare_writes_a_comparison_with_pictures(checkpoint: Path, trained: Pa
     means = comparison.by_role()
     assert lines["query"][1:3] == ["2", format(means.loc["query", ("relative_change", "mean")], ".2g")]
     ratios = comparison.energy_over_expectation("right").loc["query"]
-    assert lines["query"][6].startswith(f"{ratios.idxmax()}x") and lines["key"][2] == "0" and len(lines["key"]) == 6
+    assert lines["query"][6] == f"{ratios.idxmax()}x{ratios.max():.1f}"
+    assert lines["key"][2] == "0" and len(lines["key"]) == 6
     assert f"comparison and pictures of 4 matrices: {out}" in " ".join(result.stdout.split())
     assert {path.stem for path in out.glob("*.png")} >= {"change_by_decile", "fig12_spectra"}
+
+
+def test_the_comparison_fits_a_terminal(make_model) -> None:
+    """No cell is cut, and no decile is named that shows no ratio above 1."""
+    from peft import LoraConfig, get_peft_model
+    from rich.console import Console
+
+    from hf_rmt.tables import comparison_table
+
+    adapted = make_model("bert", hidden_size=96, intermediate_size=400, max_position_embeddings=16)
+    config = LoraConfig(r=1, target_modules=["query", "dense"], init_lora_weights=False)
+    comparison = RMTAnalyzer.compare(get_peft_model(adapted, config))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(comparison_table(comparison))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert len(rows["key"]) == 6 and rows["key"][5] == "0.0/0.0"  # it did not change
+    expected = [
+        f"{decile}x{ratio:.1f}"
+        for side in ("right", "left")
+        for decile, ratio in comparison.energy_over_expectation(side).loc["query"].nlargest(2).items()
+        if ratio > 1.05
+    ]
+    assert rows["query"][6:] == expected and "attention.output" in rows
+    ratios = [float(ratio) for ratio in re.findall(r"\b(?:\d+|out)x(\S+)", text)]
+    assert ratios and min(ratios) > 1
+
+
+def test_a_change_outside_the_vectors_is_told(capsys) -> None:
+    from rich.console import Console
+
+    from hf_rmt.tables import comparison_table
+
+    before, after = torch.nn.Linear(80, 40), torch.nn.Linear(80, 40)
+    null = torch.linalg.svd(before.weight.data)[2][70]
+    after.weight.data = before.weight.data + torch.outer(torch.ones(40), null)
+    Console(width=80).print(comparison_table(RMTAnalyzer.compare(before, after)))
+    assert " outx2.0 " in capsys.readouterr().out  # all of it in half of the directions
 
 
 def test_options_reach_the_comparison(checkpoint: Path, trained: Path, tmp_path) -> None:

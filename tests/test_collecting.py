@@ -542,3 +542,20 @@ def test_gradients_are_not_kept(model: nn.Module, batches: list[Batch], monkeypa
     collect(model, batches)
     assert seen and not any(seen)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Normed(nn.Module):
+    """A BatchNorm, which in train mode takes no single row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(self.first(x)))
+
+
+def test_the_look_at_one_sequence_breaks_no_model_in_train_mode() -> None:
+    model = Normed().train()
+    found = RMTAnalyzer(model).collect([{"x": torch.randn(8, 6)}], progress=False)
+    assert found["first"].tokens == found["second"].tokens == 8 and model.training

@@ -102,6 +102,65 @@ def test_the_base_that_holds_the_adapters_is_the_base(make_model) -> None:
     _close(comparison, RMTAnalyzer.compare(make_model("bert"), adapted))
 
 
+def test_analyzers_of_one_model_are_its_base_and_the_adapted_one(make_model) -> None:
+    base = make_model("bert")
+    early = RMTAnalyzer(base)  # made before peft puts its layers in
+    adapted = _adapted(base)
+    expected = RMTAnalyzer.compare(make_model("bert"), adapted, sides="none")
+    assert expected[QUERY].row["relative_change"] > 0
+    off = RMTAnalyzer(adapted, adapters=False)
+    for sides in (
+        (early, adapted),
+        (early, RMTAnalyzer(adapted)),
+        (RMTAnalyzer(base), adapted),
+        (base, RMTAnalyzer(adapted)),
+        (off, adapted),
+        (off, base),
+        (RMTAnalyzer(adapted),),
+    ):
+        found = RMTAnalyzer.compare(*sides, sides="none")
+        _close(found, expected, atol=0)
+        assert [found.settings[side]["model"] for side in ("before", "after")] == [
+            "BertModel",
+            "BertModel with adapters",
+        ]
+    _close(RMTAnalyzer.compare(early, sides="none"), expected, atol=0)
+
+
+def test_an_analyzer_keeps_its_choice_of_matrices(make_model) -> None:
+    adapted = _adapted(make_model("bert"))
+    few, many = RMTAnalyzer(adapted), RMTAnalyzer(adapted, embeddings=True)
+    few.matrices = [matrix for matrix in few.matrices if matrix.role == "query"]
+    assert list(RMTAnalyzer.compare(few, sides="none")) == [matrix.name for matrix in few.matrices]
+    comparison = RMTAnalyzer.compare(adapted.get_base_model(), few, sides="none")
+    assert len(comparison) == 2 and len(comparison.settings["only_before"]) == 11
+    assert list(RMTAnalyzer.compare(many, sides="none")) == [matrix.name for matrix in many.matrices]
+    assert "embeddings.word_embeddings" in RMTAnalyzer.compare(many, sides="none")
+
+
+def test_after_minus_before_where_the_adapted_side_comes_first(make_model) -> None:
+    base = make_model("bert")
+    adapted = _adapted(base)
+    there, back = RMTAnalyzer.compare(base, adapted), RMTAnalyzer.compare(adapted, base)
+    _close(back, RMTAnalyzer.compare(adapted, make_model("bert")))
+    change = there.to_pandas()["s_max_change"]
+    assert (change.abs() > 0).any()
+    np.testing.assert_allclose(back.to_pandas()["s_max_change"], -change, rtol=1e-6)
+    assert back.settings["before"] == there.settings["after"] and back.settings["after"] == there.settings["before"]
+    assert back.settings["before"]["model"] == "BertModel with adapters"
+    off = RMTAnalyzer(adapted, adapters=False)
+    _close(RMTAnalyzer.compare(adapted, off), back, atol=0)
+
+
+def test_two_sides_that_are_the_same_are_refused(make_model) -> None:
+    base = make_model("bert")
+    adapted = _adapted(base)
+    off = RMTAnalyzer(adapted, adapters=False)
+    for sides in ((adapted, adapted), (base, RMTAnalyzer(base)), (RMTAnalyzer(adapted), adapted), (off, off)):
+        with pytest.raises(ValueError, match=r"both sides are one .* in memory: give it alone .*adapters=False"):
+            RMTAnalyzer.compare(*sides)
+
+
 def test_checkpoints_analyzers_and_models_are_the_same(make_model, tmp_path) -> None:
     before, after = make_model("bert"), _moved(make_model("bert_classifier"))
     before.save_pretrained(tmp_path / "before")
@@ -274,7 +333,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_model, tmp_path, monke
 def test_nothing_to_compare_with(make_model, tmp_path) -> None:
     model = make_model("bert")
     model.save_pretrained(tmp_path / "model")
-    for arguments in ((model,), (model, model), (tmp_path / "model",)):
+    analyzers = (RMTAnalyzer(model), RMTAnalyzer.from_checkpoint(tmp_path / "model"))
+    for arguments in (
+        (model,),
+        (model, model),
+        (tmp_path / "model",),
+        *((a,) for a in analyzers),
+        (analyzers[0], model),
+    ):
         with pytest.raises(ValueError, match=r"nothing to compare .* with: give two models"):
             RMTAnalyzer.compare(*arguments)
 

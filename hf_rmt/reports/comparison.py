@@ -275,6 +275,8 @@ def _some(items: list[str], most: int = 3) -> str:
 
 def _refuse_other_settings(before: AnalysisReport, after: AnalysisReport) -> None:
     old, new = (_decisive(report) for report in (before, after))
+    if old["covariances"] is None or new["covariances"] is None:
+        del old["covariances"]  # overlaps that one side alone has are left out
     differing = [f"{key} was {old[key]!r} before and {new[key]!r} after" for key in old if old[key] != new[key]]
     if differing:
         raise ValueError(f"the reports were made under different settings: {', '.join(differing)}; analyse both alike")

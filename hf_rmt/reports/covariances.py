@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rmt.reports import store
+from hf_rmt.reports.report import known_name, nearest
 from hf_rmt.reports.unfinished import tensors_of
 from hf_rmt.theory.covariance import Moments
 
 if TYPE_CHECKING:
     import pandas as pd
+
+#: Keys of the sums of a matrix in two covariances; None where it has none.
+_Pair = tuple[str | None, str | None]
 
 
 class ActivationCovariances(Mapping[str, Moments]):
@@ -22,8 +26,8 @@ class ActivationCovariances(Mapping[str, Moments]):
     Those of several data sets add up: ``a + b``.
 
     Attributes:
-        settings: model, number of batches, whether dropout was on, and ``centred``: which of the two
-            covariances an analysis takes.
+        settings: model, number of batches, whether dropout was on, ``silent``: the matrices that no token
+            reached, and ``centred``: which of the two covariances an analysis takes.
         fingerprints: hash of the weights of each matrix, by which an analysis knows that they belong
             together; empty if they were collected while the weights moved.
     """
@@ -123,8 +127,9 @@ class ActivationCovariances(Mapping[str, Moments]):
         keys = _keys_of({**dict.fromkeys(inputs.values()), **dict.fromkeys(outputs.values())})
         sums = {key: self._sum_of(other, pair) for pair, key in keys.items()}
         counts = {key: self.settings.get(key, 0) + other.settings.get(key, 0) for key in ("batches", "tokens")}
+        counts["data"] = [*self.settings.get("data", []), *other.settings.get("data", [])]
         dropout = bool(self.settings.get("dropout") or other.settings.get("dropout"))
-        silent = self._in_order(other, (*self._silent(), *other._silent()))
+        silent = self._in_order((*self._silent(), *other._silent()))
         return self._like(
             sums=sums,
             inputs={name: keys[pair] for name, pair in inputs.items()},
@@ -138,29 +143,27 @@ class ActivationCovariances(Mapping[str, Moments]):
         """Matrices that no token reached."""
         return self.settings.get("silent", [])
 
-    def _in_order(self, other: ActivationCovariances, names: Iterable[str]) -> list[str]:
+    def _in_order(self, names: Iterable[str]) -> list[str]:
         """The names once each, in the order of the model where that is known."""
         wanted = dict.fromkeys(names)
-        return [name for name in dict.fromkeys((*self.fingerprints, *wanted)) if name in wanted]
+        if wanted.keys() <= self.fingerprints.keys():
+            return [name for name in self.fingerprints if name in wanted]
+        return list(wanted)
 
     def _pairs(self, other: ActivationCovariances, side: str) -> dict[str, _Pair]:
         """For each matrix of either, the keys of its sums in both."""
         mine, theirs = getattr(self, side), getattr(other, side)
-        return {name: (mine.get(name), theirs.get(name)) for name in self._in_order(other, (*mine, *theirs))}
+        return {name: (mine.get(name), theirs.get(name)) for name in self._in_order((*mine, *theirs))}
 
     def _sum_of(self, other: ActivationCovariances, pair: _Pair) -> Moments:
-        mine, theirs = (own._sums.get(key or "") for own, key in zip((self, other), pair, strict=True))
-        if mine is None or theirs is None:
-            return mine or theirs  # type: ignore[return-value]
-        if len(mine.total) != len(theirs.total):
+        found = [own._sums[key] for own, key in zip((self, other), pair, strict=True) if key is not None]
+        if len({len(moments.total) for moments in found}) > 1:
             raise ValueError(f"covariances of different models cannot be added; the widths of {pair[0]} differ")
-        return mine + theirs
+        return found[0] + found[1] if len(found) > 1 else found[0]
 
     def _check_addable(self, other: ActivationCovariances) -> None:
         for mine, theirs in ((self._inputs, other._inputs), (self._outputs, other._outputs)):
-            lacking = (mine.keys() - theirs.keys() - {*other._silent()}) | (
-                theirs.keys() - mine.keys() - {*self._silent()}
-            )
+            lacking = {*mine} - {*theirs, *other._silent()} | {*theirs} - {*mine, *self._silent()}
             if lacking:
                 names = ", ".join(sorted(lacking)[:5])
                 raise ValueError(f"covariances of different matrices cannot be added; they differ in {names}")
@@ -224,3 +227,14 @@ class ActivationCovariances(Mapping[str, Moments]):
             for key, (tokens, eps) in manifest["sums"].items()
         }
         return cls(sums, manifest["inputs"], manifest["outputs"], manifest["settings"], manifest["fingerprints"])
+
+
+def _keys_of(pairs: Iterable[_Pair]) -> dict[_Pair, str]:
+    """A key for each sum of two: that of either where it is free, as it is unless the two share otherwise."""
+    keys: dict[_Pair, str] = {}
+    taken: set[str] = set()
+    for pair in sorted(pairs, key=lambda pair: pair[0] != pair[1]):  # alike in both: first choice
+        names = [*(key for key in pair if key is not None), " and ".join(key or "nothing" for key in pair)]
+        keys[pair] = next(name for name in names if name not in taken)
+        taken.add(keys[pair])
+    return keys

@@ -266,3 +266,14 @@ def test_repeats_of_an_accelerate_loader_do_not_count(count: int, split: bool, e
 def test_rows_to_keep(end: bool, remainder: int, expected: list[int | None]) -> None:
     loader = SimpleNamespace(end_of_dataloader=end, remainder=remainder)
     assert [rows_to_keep(loader, 4, rank) for rank in (0, 1)] == expected
+
+
+def test_an_order_of_its_own_in_every_process_is_refused() -> None:
+    rows = token_batches(6)
+    shuffled = DataLoader(rows, batch_size=None, shuffle=True)
+    assert len(list(Batches(shuffled, Model()).of_process(0, 1))) == 6
+    with pytest.raises(ValueError, match="shuffled, in another order in every process"):
+        list(Batches(shuffled, Model()).of_process(0, 2))
+    seeded = [DataLoader(rows, shuffle=True, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    halves = [list(Batches(loader, Model()).of_process(rank, 2)) for rank, loader in enumerate(seeded)]
+    assert sorted(len(half) for half in halves) == [3, 3]

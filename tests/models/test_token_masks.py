@@ -320,3 +320,14 @@ def test_masks_of_matrices(make_model) -> None:
     clip = kinds("clip")
     assert {kind for name, kind in clip.items() if name.startswith("vision_model")} == {UNMASKED}
     assert {kind for name, kind in clip.items() if name.startswith("text_model")} == {MAIN}
+
+
+def test_padding_behind_the_decoders_tokens_where_nothing_else_tells(t5: nn.Module) -> None:
+    """As under label smoothing, where the Trainer keeps the labels; the first token is the padding token itself."""
+    pad = t5.config.pad_token_id
+    decoder = torch.tensor([[pad, 5, 6, pad], [pad, pad, 7, 8], [pad, pad, pad, pad]])
+    masks = TokenMasks.of_call(t5, (), {"input_ids": ids(), "decoder_input_ids": decoder}, None)
+    kept = masks.tokens(torch.arange(12.0).view(3, 4, 1), DECODER).flatten().tolist()
+    assert kept == [0, 1, 2, 4, 5, 6, 7, 8]
+    asked = {"input_ids": ids(), "decoder_input_ids": decoder, "decoder_attention_mask": torch.ones(3, 4)}
+    assert len(TokenMasks.of_call(t5, (), asked, None).tokens(torch.zeros(3, 4, 1), DECODER)) == 12

@@ -79,10 +79,23 @@ def test_moments_are_those_of_the_activations(covariances: ActivationCovariances
     assert covariances.output("query") is None
 
 
-def test_an_unknown_matrix_is_named_with_those_there_are(covariances: ActivationCovariances) -> None:
-    with pytest.raises(KeyError, match=r"'down' were collected; there are query, key, value, up"):
+def test_an_unknown_matrix_is_named_with_the_nearest(covariances: ActivationCovariances) -> None:
+    with pytest.raises(KeyError, match=r"'down' were collected; the nearest are none"):
         covariances["down"]
-    assert "down" not in covariances and covariances.get("down") is None
+    assert "down" not in covariances and covariances.get("down") is None and covariances.output("down") is None
+    names = [f"layer.{block}.query" for block in range(9)]
+    many = covariances_of(activations(5), inputs=dict.fromkeys(names, "query"))
+    with pytest.raises(KeyError, match=r"the nearest are layer\.8\.query, layer\.\d\.query, layer\.\d\.query\""):
+        many["layer.88.query"]
+
+
+def test_a_path_in_a_headed_model_finds_its_matrix(covariances: ActivationCovariances) -> None:
+    assert covariances["bert.query"] is covariances["query"] is covariances.get("bert.query.weight")
+    assert covariances.output("bert.up") is covariances.output("up")
+    assert covariances.shared("bert.key") == ["query", "key", "value"]
+    assert "bert.query" not in covariances  # of a composite model that could be another matrix
+    covariances = covariances_of(activations(5), inputs={"0.query": "query", "query": "query"})
+    assert covariances.get("model.0.query") is None  # either could be meant
 
 
 def test_the_table_has_a_row_for_each_distinct_covariance(covariances: ActivationCovariances) -> None:
@@ -125,7 +138,8 @@ def test_the_sum_of_two_data_sets_is_that_of_both_at_once() -> None:
     both = {key: torch.cat([x, second[key]]) for key, x in first.items()}
     total = covariances_of(first) + covariances_of(second)
     assert_same(total, covariances_of(both), rtol=1e-12)
-    assert total.settings == {"centred": False, "model": "tiny", "batches": 4, "tokens": 81, "dropout": False}
+    counts = {"batches": 4, "tokens": 81}
+    assert total.settings == {"centred": False, "model": "tiny", "dropout": False, "silent": [], **counts}
     assert total.fingerprints == {"query": "ab", "up": "cd"} and total["query"] is total["key"]
 
 
@@ -149,7 +163,8 @@ def test_only_covariances_add_up(covariances: ActivationCovariances) -> None:
     ("changes", "message"),
     [
         ({"inputs": INPUTS | {"gate": "up"}}, "different matrices cannot be added; they differ in gate"),
-        ({"inputs": INPUTS | {"key": "up"}}, "they differ in key"),
+        ({"inputs": {"query": "query", "up": "up"}}, "they differ in key, value"),
+        ({"inputs": INPUTS | {"key": "up"}}, "different models cannot be added; the widths of (query|up) differ"),
         ({"outputs": {}}, "they differ in up"),
         ({"fingerprints": {"query": "ab", "up": "xx"}}, r"different weights.*for_any_weights\(\)"),
         ({"settings": {"centred": True}}, r"one is centred and one is not; see with_centring\(\)"),
@@ -162,6 +177,63 @@ def test_what_does_not_belong_together_is_not_added(
     for first, second in ((covariances, other), (other, covariances)):
         with pytest.raises(ValueError, match=message):
             first + second
+
+
+def test_a_matrix_that_no_token_reached_counts_as_zero_tokens() -> None:
+    """As one expert in a small part of the data; the order is that of the model."""
+    first, second = activations(50), activations(31, seed=1)
+    fingerprints = {name: "ab" for name in ("query", "key", "value", "up", "down")}
+    settings = {"model": "tiny", "batches": 2, "tokens": 31, "silent": ["up", "down"]}
+    part = covariances_of(
+        {"query": second["query"]},
+        inputs={"query": "query", "key": "query", "value": "query"},
+        outputs={},
+        settings=settings,
+        fingerprints=fingerprints,
+    )
+    whole = covariances_of(first, settings=settings | {"silent": ["down"]}, fingerprints=fingerprints)
+    both = covariances_of(first | {"query": torch.cat([first["query"], second["query"]])})
+    for total in (whole + part, part + whole):
+        assert_same(total, both, rtol=1e-12)
+        assert total.settings["silent"] == ["down"] and total["up"].tokens == 50 and total["key"].tokens == 81
+        assert total["query"] is total["key"]
+    assert (part + part).settings["silent"] == ["up", "down"] and "up" not in part + part
+    unaware = covariances_of(first, inputs={**INPUTS, "gate": "up"}, fingerprints=fingerprints)
+    with pytest.raises(ValueError, match="they differ in gate"):  # which the part does not call silent
+        part + unaware
+
+
+def _sharing(data: dict[str, torch.Tensor], groups: dict[str, str], **changes: Any) -> ActivationCovariances:
+    sums = {key: Moments.of(data[key]) for key in groups.values()}
+    return covariances_of(data, **{"sums": sums, "inputs": groups, "outputs": {}, **changes})
+
+
+@pytest.mark.parametrize(
+    "mine, theirs, apart",
+    [
+        ("aaaa", "abaa", "acd b"),
+        ("abab", "aabb", "a b c d"),
+        ("aacc", "abcc", "a b cd"),
+        ("aabb", "aabb", "ab cd"),
+        ("aacc", "a-dd", "a b cd"),
+        ("-bbb", "aabb", "a b cd"),
+    ],
+)
+def test_where_sharing_differs_each_has_a_sum_of_its_own(mine: str, theirs: str, apart: str) -> None:
+    """Two letters say whose sum each of four matrices has; a dash, that no token reached it."""
+    parts, sums = [], dict.fromkeys("abcd", 0.0)
+    for seed, letters in enumerate((mine, theirs)):
+        data = activations(20, seed, **dict.fromkeys("abcd", 5))
+        groups = {name: key for name, key in zip("abcd", letters, strict=True) if key != "-"}
+        silent = {"model": "tiny", "tokens": 20, "silent": [name for name in "abcd" if name not in groups]}
+        parts.append(_sharing(data, groups, settings=silent))
+        for name, key in groups.items():
+            sums[name] = sums[name] + data[key].mT @ data[key]
+    total = parts[0] + parts[1]
+    for name, expected in sums.items():
+        torch.testing.assert_close(total[name].outer, expected)
+        assert total[name].tokens == 20 * sum(name in part for part in parts)
+    assert {"".join(total.shared(name)) for name in total} == set(apart.split())
 
 
 def test_other_widths_are_not_added(covariances: ActivationCovariances) -> None:
