@@ -139,7 +139,7 @@ def test_the_sum_of_two_data_sets_is_that_of_both_at_once() -> None:
     total = covariances_of(first) + covariances_of(second)
     assert_same(total, covariances_of(both), rtol=1e-12)
     counts = {"batches": 4, "tokens": 81}
-    assert total.settings == {"centred": False, "model": "tiny", "dropout": False, "silent": [], **counts}
+    assert total.settings == {"centred": False, "model": "tiny", "dropout": False, "silent": [], "data": [], **counts}
     assert total.fingerprints == {"query": "ab", "up": "cd"} and total["query"] is total["key"]
 
 
