@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from hf_rmt.theory.covariance import Moments
-from hf_rmt.theory.linalg import add_gram, add_outer_both_ways, mirror_lower
+from hf_rmt.theory.linalg import add_gram, add_outer_both_ways, mirror_lower, triangle
 
 #: Products of so many tokens are added up in float32 before they go into the float64 sum.
 _FLUSH_TOKENS = 4096
@@ -66,14 +66,21 @@ class MomentSum:
         self._origin = origin
         self._eps = torch.finfo(rows.dtype).eps
         self._pending = rows.new_zeros(self.width, self.width)
-        home = "cpu" if rows.device.type == "mps" else rows.device  # no float64 there
-        self._outer = torch.zeros(self.width, self.width, dtype=torch.float64, device=home)
-        self._total = torch.zeros(self.width, dtype=torch.float64, device=home)
+        self._home = torch.device("cpu") if rows.device.type == "mps" else rows.device  # no float64 there
+        self._outer: torch.Tensor | None = None
+        self._total = torch.zeros(self.width, dtype=torch.float64, device=self._home)
 
-    def _flush(self) -> None:
-        self._outer += self._pending.to(self._outer.device)
-        self._pending.zero_()
+    def _flush(self) -> torch.Tensor:
+        """The float64 sum with all products in it, of which the lower triangle counts."""
+        if self._outer is None:
+            self._outer = self._pending.to(self._home, torch.float64, copy=True)
+            self._pending.zero_()
+        elif self._pending_tokens:
+            for rows, cols in triangle(self.width):
+                self._outer[rows, cols] += self._pending[rows, cols].to(self._home)
+                self._pending[rows, cols] = 0
         self._pending_tokens = 0
+        return self._outer
 
     def moments(self, final: bool = False) -> Moments:
         """The moments about zero of all tokens so far, on the CPU.
@@ -83,8 +90,7 @@ class MomentSum:
         if self._origin is None:
             zeros = torch.zeros(self.width, self.width, dtype=torch.float64)
             return Moments(zeros, zeros[0].clone(), 0)
-        self._flush()
-        outer, total, origin = self._outer.cpu(), self._total.cpu(), self._origin.double().cpu()
+        outer, total, origin = self._flush().cpu(), self._total.cpu(), self._origin.double().cpu()
         if final:
             del self._outer, self._pending
         elif outer is self._outer:

@@ -6,6 +6,8 @@ thirds for eigenvalues, on an AMD processor; both release the interpreter lock.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -69,6 +71,12 @@ def svd_values(matrix: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(scipy.linalg.svd(matrix.numpy(), compute_uv=False, lapack_driver="gesvd"))
 
 
+def triangle(n: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of each block of the lower triangle of a square matrix, and the columns up to it."""
+    for start in range(0, n, _BLOCK):
+        yield slice(start, start + _BLOCK), slice(0, start + _BLOCK)
+
+
 def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
     """Add ``rows^T rows`` to the lower triangle of ``gram`` in place; what the upper one holds is undefined.
 
@@ -80,9 +88,8 @@ def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
         gram: ``(n, n)``, float32 or float64.
         rows: ``(count, n)`` of the same dtype and device.
     """
-    for i in range(0, len(gram), _BLOCK):
-        stop = i + _BLOCK
-        gram[i:stop, :stop].addmm_(rows[:, i:stop].mT, rows[:, :stop])
+    for block, up_to_it in triangle(len(gram)):
+        gram[block, up_to_it].addmm_(rows[:, block].mT, rows[:, up_to_it])
 
 
 def add_outer_both_ways(gram: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
