@@ -111,8 +111,11 @@ def test_what_is_not_finite_is_refused(bad: float, first: bool) -> None:
         total.add(rows)
 
 
-def test_memory_that_is_promised_holds_the_sums() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_that_is_promised_holds_the_sums(dtype: torch.dtype) -> None:
     total = MomentSum(50)
-    total.add(torch.ones(1, 50))
-    held = sum(x.nbytes for x in vars(total).values() if isinstance(x, torch.Tensor) and x.ndim == 2)
-    assert held == MomentSum.bytes_for(50)
+    for tokens in (1, 5000, 5000):
+        total.add(torch.ones(tokens, 50, dtype=dtype))
+        held = sum(x.nbytes for x in vars(total).values() if isinstance(x, torch.Tensor) and x.ndim == 2)
+        assert held <= MomentSum.bytes_for(50, dtype)
+    assert held == MomentSum.bytes_for(50, dtype)  # once products have been added up in float64
