@@ -108,7 +108,9 @@ def _collect_from_loaders(model: nn.Module, expected: ActivationCovariances, tol
     assert_same(found, expected, tolerance)
     assert found.settings["batches"] == len(plain) and found.settings["processes"] == 2
     assert_same(collect(model, iter(plain), outputs=True), expected, tolerance)
-    assert_same(collect(model, plain, outputs=True, memory=MomentSum.bytes_for(128)), expected, tolerance)
+    assert_same(
+        collect(model, plain, outputs=True, memory=MomentSum.bytes_for(128, torch.float64)), expected, tolerance
+    )
     for shuffle in (False, True):
         sampler = DistributedSampler(Rows(), PROCESSES, rank, shuffle=shuffle)
         assert len(sampler) * PROCESSES > ROWS, "a row is repeated"
@@ -275,7 +277,7 @@ def _run_sharded(folder: Path, model: nn.Module, expected: ActivationCovariances
     found = collect(model, batches, outputs=True)
     assert_same(found, expected, 1e-10)
     assert found.fingerprints == expected.fingerprints
-    assert_same(collect(model, batches, outputs=True, memory=MomentSum.bytes_for(128)), expected, 1e-10)
+    assert_same(collect(model, batches, outputs=True, memory=MomentSum.bytes_for(128, torch.float64)), expected, 1e-10)
     analyzer = RMTAnalyzer(model)
     report = analyzer.analyze(progress=False, covariances=found).to_pandas()
     assert report["name"].tolist() == table["name"].tolist()
