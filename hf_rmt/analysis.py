@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +31,10 @@ class Bases:
 
 
 def analyse_matrix(
-    matrix: WeightMatrix, config: AnalysisConfig, digest: bool = False, bases: Bases | None = None
+    matrix: WeightMatrix,
+    config: AnalysisConfig,
+    digest: bool = False,
+    bases_of: Callable[[WeightMatrix, torch.Tensor], Bases] | None = None,
 ) -> MatrixResult:
     """Everything a report says about one matrix.
 
@@ -38,12 +42,14 @@ def analyse_matrix(
         matrix: which one; it is read once.
         config: the settings.
         digest: take a hash of the weights, by which a resumed run knows them.
-        bases: of its activations, for the overlaps.
+        bases_of: gives those of its activations, by the matrix and its weight, for the overlaps.
 
     Raises:
-        ValueError: the weight cannot be read, or, if ``config.strict``, is not finite.
+        ValueError: the weight cannot be read, or is not what the activations belong to, or, if
+            ``config.strict``, is not finite.
     """
     weight = matrix.read()
+    bases = None if bases_of is None else bases_of(matrix, weight)
     result = analyse_weight(matrix, weight, config, bases)[0]
     return replace(result, digest=digest_of(weight)) if digest else result
 

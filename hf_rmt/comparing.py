@@ -15,14 +15,12 @@ from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.adapters import is_adapter, load_adapter
 from hf_rmt.models.live import callable_of, unwrap
 from hf_rmt.models.matrices import WeightMatrix, select
-from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
 from hf_rmt.reports.comparison import MatrixComparison, ModelComparison, common_names, one_sided, refuse_other_shapes
 from hf_rmt.reports.result import MatrixResult
-from hf_rmt.run import AnalysisRun, matrices_at_a_time
+from hf_rmt.run import AnalysisRun, matrices_at_a_time, matrix_by_matrix
 from hf_rmt.theory.comparison import DECILES, change_stable_rank, energy_by_decile, frobenius_norm, match
 from hf_rmt.theory.decomposition import SVDFactors, as_float
-from hf_rmt.workers import run_longest_first, seconds_estimate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -149,7 +147,7 @@ class ComparisonRun:
         by_name = {matrix.name: matrix for matrix in after.matrices}
         partners = [by_name[matrix.name] for matrix in chosen]
         refuse_other_shapes({old.name: (old.shape, new.shape) for old, new in zip(chosen, partners, strict=True)})
-        origins = [{"model": side.model_id, "revision": side.revision} for side in (before, after)]
+        origins = [side.origin for side in (before, after)]
         self.config = config
         self.before = AnalysisRun(chosen, config, origins[0])
         self.after = AnalysisRun(partners, config, origins[1])
@@ -179,15 +177,11 @@ class ComparisonRun:
             partial.close()
 
     def _resumed(self, partial: store.PartialRun, folder: Path) -> ModelComparison:
-        found: dict[int, ComparedMatrix] = {}
-        for index in range(len(self.pairs)):
-            if (earlier := partial.read(index)) is not None:
-                self._check_same_weights(index, earlier.before, earlier.after, folder)
-                found[index] = earlier
-        left = [index for index in range(len(self.pairs)) if index not in found]
-        for index, result in self.results(left, finished=len(found)):
-            partial.write(index, result)
-            found[index] = result
+        found = partial.completed(
+            len(self.pairs),
+            lambda index, earlier: self._check_same_weights(index, earlier.before, earlier.after, folder),
+            self.results,
+        )
         comparison = self.comparison(found)
         comparison.save(folder)
         partial.remove()
@@ -215,20 +209,9 @@ class ComparisonRun:
         """Each matrix's comparison as it finishes."""
         both = [matrix for index in indices for matrix in self.pairs[index]]
         workers = matrices_at_a_time(both, self.config, copies=2)
-        with progress_bar(self.config.progress, len(self.pairs), finished) as advance:
-
-            def work(index: int) -> ComparedMatrix:
-                before, after = self.pairs[index]
-                advance(before.name, 0)
-                try:
-                    return compare_matrix(before, after, self.config)
-                except (RuntimeError, MemoryError) as error:  # of a library, which does not know what it worked on
-                    raise RuntimeError(f"{before.name}: {error}") from error
-
-            cost: Callable[[int], float] = lambda index: seconds_estimate(*self.pairs[index][0].shape)  # noqa: E731
-            for index, result in run_longest_first(list(indices), work, cost, workers):
-                advance(self.pairs[index][0].name, 1)
-                yield index, result
+        before = [old for old, _ in self.pairs]
+        work: Callable[[int], ComparedMatrix] = lambda index: compare_matrix(*self.pairs[index], self.config)  # noqa: E731
+        return matrix_by_matrix(before, indices, work, workers, self.config.progress, finished)
 
 
 # Which models

@@ -7,7 +7,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from hf_rmt.analysis import Bases, analyse_matrix, digest_of, fingerprint_of
 from hf_rmt.config import AnalysisConfig
@@ -19,6 +21,8 @@ from hf_rmt.reports.report import AnalysisReport
 from hf_rmt.reports.result import MatrixResult
 from hf_rmt.theory.covariance import Eigenbasis
 from hf_rmt.workers import run_longest_first, seconds_estimate, workers_for
+
+Result = TypeVar("Result")
 
 
 class AnalysisRun:
@@ -67,15 +71,11 @@ class AnalysisRun:
             partial.close()
 
     def _resumed(self, partial: store.PartialRun, folder: Path) -> AnalysisReport:
-        results = {}
-        for index in range(len(self.matrices)):
-            if (earlier := partial.read(index)) is not None:
-                self._check_same_weights(index, earlier, folder)
-                results[index] = earlier
-        left = [index for index in range(len(self.matrices)) if index not in results]
-        for index, result in self.results(left, digest=True, finished=len(results)):
-            partial.write(index, result)
-            results[index] = result
+        results = partial.completed(
+            len(self.matrices),
+            lambda index, earlier: self._check_same_weights(index, earlier, folder),
+            lambda left, finished: self.results(left, digest=True, finished=finished),
+        )
         report = self.report(results)
         report.save(folder)
         partial.remove()
@@ -106,22 +106,42 @@ class AnalysisRun:
         self, indices: Collection[int], digest: bool = False, finished: int = 0
     ) -> Iterator[tuple[int, MatrixResult]]:
         """Each matrix's result as it finishes."""
-        config, matrices, bases = self.config, self.matrices, self.bases
-        workers = matrices_at_a_time([matrices[index] for index in indices], config)
-        with progress_bar(config.progress, len(matrices), finished) as advance:
+        chosen = [self.matrices[index] for index in indices]
+        bases = None if self.bases is None else self.bases.of
 
-            def work(index: int) -> MatrixResult:
-                matrix = matrices[index]
-                advance(matrix.name, 0)
-                try:
-                    return analyse_matrix(matrix, config, digest, bases.of(matrix) if bases is not None else None)
-                except (RuntimeError, MemoryError) as error:  # of a library, which does not know what it worked on
-                    raise RuntimeError(f"{matrix.name}: {error}") from error
+        def work(index: int) -> MatrixResult:
+            return analyse_matrix(self.matrices[index], self.config, digest, bases)
 
-            cost: Callable[[int], float] = lambda index: seconds_estimate(*matrices[index].shape)  # noqa: E731
-            for index, result in run_longest_first(list(indices), work, cost, workers):
-                advance(matrices[index].name, 1)
-                yield index, result
+        workers = matrices_at_a_time(chosen, self.config)
+        return matrix_by_matrix(self.matrices, indices, work, workers, self.config.progress, finished)
+
+
+def matrix_by_matrix(
+    matrices: list[WeightMatrix],
+    indices: Collection[int],
+    work: Callable[[int], Result],
+    workers: int,
+    progress: bool | None,
+    finished: int = 0,
+) -> Iterator[tuple[int, Result]]:
+    """What ``work`` makes of some of the matrices, each as it finishes, under a bar that counts them all.
+
+    Raises:
+        RuntimeError: a library failed, on a matrix that the message names.
+    """
+    with progress_bar(progress, len(matrices), finished) as advance:
+
+        def named(index: int) -> Result:
+            advance(matrices[index].name, 0)
+            try:
+                return work(index)
+            except (RuntimeError, MemoryError) as error:  # of a library, which does not know what it worked on
+                raise RuntimeError(f"{matrices[index].name}: {error}") from error
+
+        cost: Callable[[int], float] = lambda index: seconds_estimate(*matrices[index].shape)  # noqa: E731
+        for index, result in run_longest_first(list(indices), named, cost, workers):
+            advance(matrices[index].name, 1)
+            yield index, result
 
 
 class _EigenbasisPool:
@@ -138,10 +158,10 @@ class _EigenbasisPool:
         self.locks = {key: threading.Lock() for key in self.uses}
         self.kept: dict[str, Eigenbasis] = {}
 
-    def of(self, matrix: WeightMatrix) -> Bases:
-        """Both bases of one matrix; to be asked for once."""
+    def of(self, matrix: WeightMatrix, weight: torch.Tensor) -> Bases:
+        """Both bases of one matrix with this weight; to be asked for once."""
         expected = self.covariances.fingerprints.get(matrix.name)
-        if expected is not None and expected != fingerprint_of(matrix.read()):
+        if expected is not None and expected != fingerprint_of(weight):
             raise ValueError(
                 f"{matrix.name}: the covariances were collected with other weights than these: collect them again, "
                 "or pass covariances.for_any_weights() to hold them against these all the same"

@@ -30,7 +30,6 @@ class Batches:
         """See ``RMTAnalyzer.collect``; ``text`` are options of ``text_batches``, for texts alone. Where nobody
         looks at the head, models that can put out logits for the last token alone, unless ``every_logit``."""
         self.every_logit = every_logit
-        self.model = model
         self.inner = unwrap(model)
         self.source: Iterable[Any] = data
         if _is_text(data):

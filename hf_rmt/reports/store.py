@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, Self
 
@@ -249,6 +249,31 @@ class PartialRun:
             return self.result_class.restore(tensors, metadata["description"])
         except (ValueError, KeyError):
             return None
+
+    def completed(
+        self,
+        count: int,
+        check: Callable[[int, Any], None],
+        results: Callable[[list[int], int], Iterable[tuple[int, Any]]],
+    ) -> dict[int, Any]:
+        """The results of all matrices, by their positions.
+
+        Args:
+            count: how many there are.
+            check: raises where a result of an earlier run is not of this matrix.
+            results: gives those of the positions that are left, of which some number is finished; each is
+                kept as it comes.
+        """
+        found: dict[int, Any] = {}
+        for index in range(count):
+            if (earlier := self.read(index)) is not None:
+                check(index, earlier)
+                found[index] = earlier
+        left = [index for index in range(count) if index not in found]
+        for index, result in results(left, len(found)):
+            self.write(index, result)
+            found[index] = result
+        return found
 
     def remove(self) -> None:
         """Delete the partial results, once the whole is saved."""
