@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_rmt.config import AnalysisConfig
+from hf_rmt.models.digests import digest_of
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.reports.result import MatrixResult, Spectrum
 from hf_rmt.theory.controls import control_matrix, seed_for
@@ -19,7 +19,7 @@ from hf_rmt.theory.decomposition import SVDFactors, as_float, count_not_finite, 
 from hf_rmt.theory.ks_null import MonteCarloNull
 from hf_rmt.theory.marchenko_pastur import MarchenkoPastur, sigma_of
 from hf_rmt.theory.singular_vectors import MIN_ENTRIES, VectorTest, test_vectors
-from hf_rmt.theory.statistics import Law, outliers, spectrum_statistics
+from hf_rmt.theory.statistics import Law, entry_std_of, outliers, spectrum_statistics
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def analyse_weight(
             raise ValueError(f"{matrix.name}: {message}; repair the weights, or analyse without strict")
         return MatrixResult(row=row | {"note": message}), None
     spectrum, factors = _spectrum(weight, config)
-    entry_std = _entry_std(weight, spectrum.s)
+    entry_std = entry_std_of(weight, spectrum.s)
     law = Law.fit(config.sigma, spectrum.s, matrix.shape, entry_std, config.rate)
     row |= spectrum_statistics(spectrum.s, matrix.shape, entry_std, law) | _vector_columns(spectrum)
     row["note"] = _note(spectrum, matrix.shape, precision)
@@ -82,26 +82,9 @@ def analyse_weight(
     return result, factors
 
 
-def digest_of(weight: torch.Tensor) -> str:
-    """Hash of the values of a matrix."""
-    data = weight.detach().cpu().contiguous().view(torch.uint8).numpy().data
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def fingerprint_of(weight: torch.Tensor) -> str:
-    """Hash of some rows of a matrix: tells one model from another at no cost."""
-    return digest_of(weight[:: max(1, len(weight) // 16)])
-
-
 def _labels(matrix: WeightMatrix) -> dict[str, Any]:
     labels = {key: getattr(matrix, key) for key in ("name", "role", "stack", "block", "expert", "part")}
     return labels | {"rows": matrix.shape[0], "cols": matrix.shape[1]}
-
-
-def _entry_std(weight: torch.Tensor, s: torch.Tensor) -> float:
-    """Standard deviation of the entries; their squares add up to those of the singular values."""
-    mean = float(weight.sum(dtype=torch.float64)) / weight.numel()
-    return math.sqrt(max(float(s @ s) / weight.numel() - mean**2, 0.0))
 
 
 def _spectrum(weight: torch.Tensor, config: AnalysisConfig) -> tuple[Spectrum, SVDFactors | None]:
@@ -176,7 +159,7 @@ def _test_note(side: str, test: VectorTest) -> list[str]:
 
 def _control_columns(control: Spectrum, random: torch.Tensor, config: AnalysisConfig) -> dict[str, Any]:
     shape = (random.shape[0], random.shape[1])
-    sigma = sigma_of(config.sigma, control.s, shape, _entry_std(random, control.s))
+    sigma = sigma_of(config.sigma, control.s, shape, entry_std_of(random, control.s))
     law = MarchenkoPastur(*shape, sigma)
     above, below = outliers(law, control.s)
     columns = {

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rmt.analysis import fingerprint_of
 from hf_rmt.config import CollectConfig
 from hf_rmt.models.activations import ActivationError, Collector, SharingChangedError, sites_of
 from hf_rmt.models.batches import Batch, Batches, one_sequence
+from hf_rmt.models.digests import fingerprint_of
 from hf_rmt.models.live import adapters_off, callable_of, is_sharded, unwrap
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.models.moment_sums import MomentSum

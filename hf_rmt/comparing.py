@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_rmt.analysis import analyse_weight, digest_of
+from hf_rmt.analysis import analyse_weight
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.adapters import is_adapter, load_adapter
+from hf_rmt.models.digests import digest_of
 from hf_rmt.models.live import callable_of, unwrap
 from hf_rmt.models.matrices import WeightMatrix, select
 from hf_rmt.reports import store

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from hf_rmt import AnalysisReport, RMTAnalyzer
-from hf_rmt.analysis import fingerprint_of
+from hf_rmt.models.digests import fingerprint_of
 from hf_rmt.reports import store
 from hf_rmt.reports.columns import OVERLAP_COLUMNS
 from hf_rmt.reports.covariances import ActivationCovariances

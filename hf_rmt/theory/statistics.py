@@ -47,6 +47,17 @@ def _sigma_noise(rule: SigmaRule | float, rows: int, cols: int) -> float:
     return 1 / math.sqrt(2 * rows * cols) if rule == "empirical" else 0.0
 
 
+def entry_std_of(weight: torch.Tensor, s: torch.Tensor) -> float:
+    """Standard deviation of the entries, whose squares add up to those of the singular values.
+
+    Args:
+        weight: ``(m, n)``.
+        s: ``(p,)`` its singular values, float64.
+    """
+    mean = float(weight.sum(dtype=torch.float64)) / weight.numel()
+    return math.sqrt(max(float(s @ s) / weight.numel() - mean**2, 0.0))
+
+
 def outliers(law: MarchenkoPastur, s: torch.Tensor) -> tuple[int, int]:
     """Number of singular values above and below the asymptotic edges of the law."""
     return int((s > law.upper_edge).sum()), int((s < law.lower_edge).sum())
