@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_rmt.models.matrices import Discovery, Load, WeightMatrix
+from hf_rmt.models import names
+from hf_rmt.models.matrices import Change, Discovery, Load, WeightMatrix
 
 
 def matrices_of(model: nn.Module, adapters: bool = True) -> list[WeightMatrix]:
@@ -28,7 +30,14 @@ def matrices_of(model: nn.Module, adapters: bool = True) -> list[WeightMatrix]:
         return LiveParameter(base, module, name, full, adapters)
 
     base = unwrap(model)
-    return [m for m in Discovery(base, loader).matrices() if _is_in_use(base, m.load.full, adapters)]  # type: ignore[attr-defined]
+    found = []
+    twins: set[str] = set()
+    for matrix in Discovery(base, loader).matrices():
+        parameter: Any = matrix.load
+        if _is_in_use(base, parameter.full, adapters) and parameter.full not in twins:
+            twins.update(twin.full for twin in parameter.twins())
+            found.append(matrix)
+    return found
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -75,28 +84,142 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold the parameters together (FSDP2), so that all have to read and run in step."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return any(map(_shards, model.modules())) or any(
+        hasattr(parameter, "full_tensor") for parameter in model.parameters()
+    )
+
+
+def _shards(module: nn.Module) -> bool:
+    """FSDP2's mark on a module whose parameters it shards; they are plain tensors while they are gathered."""
+    return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
 class LiveParameter:
-    """Reads one parameter of a live module, whatever stands between it and its values."""
+    """Reads and changes one parameter of a live module, whatever stands between it and its values."""
 
     def __init__(self, model: nn.Module, module: nn.Module, name: str, full: str, adapters: bool):
+        self.model = model
         self.module = module
         self.name = name
         self.full = full
+        self.owners = list(_owners(model, full))
         self.tuner = _tuner_around(model, full, name)
         self.adapters = adapters
 
     @property
     def collective(self) -> bool:
         """Whether every process has to read it, in the same order."""
-        return hasattr(getattr(self.module, self.name), "full_tensor")
+        return hasattr(self._stored(), "full_tensor")
 
     def __call__(self, expert: int | None = None) -> torch.Tensor:
         """The parameter, or one expert of a stacked one, as it computes."""
-        with _loaded(self.module, self.name), torch.no_grad():
+        with self._brought_in(), torch.no_grad():
+            self._stored()
             return self._plain(self.module, expert) if self.tuner is None else self._adapted(expert)
+
+    def _stored(self) -> Any:
+        """The parameter as it is between two passes: FSDP2 leaves its outermost ones gathered after one, in the dtype
+        that computes."""
+        sharding: Any = next((owner for owner, _ in self.owners if _shards(owner)), None)
+        if sharding is not None:
+            sharding.reshard()
+        return getattr(self.module, self.name)
+
+    @contextlib.contextmanager
+    def _brought_in(self) -> Iterator[None]:
+        """Brings the values of a parameter that accelerate has offloaded into memory for a while."""
+        offloaded = self._offloaded()
+        if offloaded is None:
+            yield
+            return
+        with _OFFLOADED:
+            if getattr(self.module, self.name).device.type != "meta":
+                yield
+                return
+            with offloaded.brought_in():
+                yield
+
+    def _offloaded(self) -> _Offloaded | None:
+        """Where accelerate keeps the parameter, if that is elsewhere: in the hook of its module or of one around it."""
+        for owner, key in self.owners:
+            hook = getattr(owner, "_hf_hook", None)
+            for one in getattr(hook, "hooks", [hook]):
+                if getattr(one, "offload", False) is True and (one.place_submodules or "." not in key):
+                    return _Offloaded(self.full, owner, one, key)
+        return None
+
+    def check_writable(self) -> None:
+        """Raises ValueError, with the reason and the remedy, where a change would be impossible or lost."""
+        weight = self.module._parameters.get(self.name)
+        if weight is None:
+            raise ValueError(
+                f"{self.full} is computed from other parameters: make it one again with "
+                "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm"
+            )
+        self._check_adapters()
+        if coding := _coding(self.module, self.name, weight):
+            raise ValueError(
+                f"{self.full} is stored as {coding} values ({type(weight).__name__}, {weight.dtype}), which no other "
+                "values can be put into: dequantise the model first, for instance with model.dequantize(), or load it "
+                "unquantised"
+            )
+        offloaded = self._offloaded()
+        if offloaded is not None:
+            offloaded.place()
+        elif weight.device.type == "meta":
+            raise ValueError(f"{self.full} is on the meta device and has no values to change: load the weights")
+
+    def _adapts(self) -> bool:
+        """Whether adapters are part of what is read."""
+        tuner: Any = self.tuner
+        return self.adapters and not tuner.disable_adapters and bool(tuner.active_adapters)
+
+    def _check_adapters(self) -> None:
+        tuner: Any = self.tuner
+        if tuner is not None and tuner.merged:
+            raise ValueError(
+                f"{self.full} has adapters merged into it, and unmerging them later would not give back what was "
+                "written: unmerge them first with unmerge_adapter(), or make them part of it with merge_and_unload()"
+            )
+        if tuner is not None and self._adapts():
+            raise ValueError(
+                f"{self.full} is read together with its adapters, and cannot be written so: make them part of it with "
+                "merge_and_unload(), take them away with unload(), or pass adapters=False to change the base alone"
+            )
+
+    def update(self, change: Change) -> None:
+        """Hands the whole parameter to ``change``, all its experts and rows, and keeps what comes of it."""
+        with _OFFLOADED:  # several matrices of one parameter, too
+            for parameter in (self, *self.twins()):
+                parameter._update(change)
+
+    def _update(self, change: Change) -> None:
+        weight = self._stored()
+        offloaded = self._offloaded()
+        if offloaded is not None:
+            offloaded.update(weight.dtype, change)
+        if hasattr(weight, "full_tensor"):
+            _in_place(weight, lambda shards: _change_together(shards, change))
+        elif weight.device.type != "meta":
+            _in_place(weight, change)
+
+    def twins(self) -> list[LiveParameter]:
+        """What is tied to this parameter but kept elsewhere, for offloading takes ties apart.
+
+        What transformers lists as tied is not where a checkpoint holds two different tensors, or the user has put
+        another one there: only equals are twins.
+        """
+        ties: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
+        mine = names.plain_path(self.full)
+        tied = {key for key in {*ties, *ties.values()} - {mine} if ties.get(key, key) == ties.get(mine, mine)}
+        listed = [
+            LiveParameter(self.model, module, name, f"{path}.{name}", self.adapters)
+            for path, module in (self.model.named_modules() if tied else ())
+            for name in module._parameters
+            if names.plain_path(f"{path}.{name}") in tied
+        ]
+        apart = [twin for twin in listed if self._offloaded() or twin._offloaded()]
+        return [twin for twin in apart if torch.equal(twin().to("cpu"), self().to("cpu"))]
 
     def _plain(self, module: nn.Module, expert: int | None) -> torch.Tensor:
         weight = getattr(module, self.name)
@@ -112,8 +235,8 @@ class LiveParameter:
     def _dequantised(self, module: nn.Module, weight: torch.Tensor, expert: int | None) -> torch.Tensor:
         """Real values of a weight that its library has packed or scaled; any other weight as it is."""
         one = weight if expert is None else weight[expert]
-        scale = getattr(module, f"{self.name}_scale_inv", None)
-        if scale is not None and weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
+        coding = _coding(module, self.name, weight)
+        if coding == "block-scaled":
             try:
                 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
             except ImportError as error:
@@ -122,18 +245,18 @@ class LiveParameter:
                     f"({error}): upgrade transformers, or analyse the unquantised checkpoint"
                 ) from error
             block_size: Any = module.block_size
+            scale = getattr(module, f"{self.name}_scale_inv")
             return _dequantize_fp8_weight(one, scale if expert is None else scale[expert], block_size, torch.float32)
-        packed = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
-        if packed:
+        if coding == "packed":
             from peft.utils.integrations import dequantize_module_weight
 
             return dequantize_module_weight(module)
-        if not weight.dtype.is_floating_point:
+        if coding == "integer":
             raise ValueError(
                 f"{self.full} holds {weight.dtype} values that no known library has packed: "
                 "dequantise the model first, for instance with model.dequantize()"
             )
-        if scale is not None or hasattr(module, f"{self.name}_scale"):  # the values mean nothing without it
+        if coding == "scaled":
             raise ValueError(
                 f"{self.full} is scaled by {self.name}_scale, in a format unknown here: dequantise the model first"
             )
@@ -142,7 +265,7 @@ class LiveParameter:
     def _adapted(self, expert: int | None) -> torch.Tensor:
         """Merging a copy of the layer is peft's own definition of what it computes, for every method."""
         tuner: Any = self.tuner
-        wanted = self.adapters and not tuner.disable_adapters and bool(tuner.active_adapters)
+        wanted = self._adapts()
         if tuner.merged == wanted or not (wanted or tuner.merged):
             return self._plain(self.module, expert)
         layer = copy.deepcopy(tuner)
@@ -184,21 +307,86 @@ def _tuner_around(model: nn.Module, full: str, name: str) -> nn.Module | None:
     return None
 
 
+def _coding(module: nn.Module, name: str, weight: torch.Tensor) -> str | None:
+    """How a weight stands for its values where it is not simply these."""
+    scale_inv = getattr(module, f"{name}_scale_inv", None) is not None
+    if scale_inv and weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
+        return "block-scaled"
+    if type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao."):
+        return "packed"
+    if not weight.dtype.is_floating_point:
+        return "integer"
+    return "scaled" if scale_inv or hasattr(module, f"{name}_scale") else None  # and means nothing without the scale
+
+
+def _in_place(weight: torch.Tensor, change: Change) -> None:
+    """In the mode that the weight was made in: PyTorch lets nobody else change what inference mode has made."""
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        change(weight)
+
+
+def _change_together(shards: Any, change: Change) -> None:
+    """Every process changes the whole, and keeps its share of what the first has made of it."""
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = shards.full_tensor()
+    change(whole)
+    shards.copy_(distribute_tensor(whole, shards.device_mesh, shards.placements))
+
+
+def _owners(model: nn.Module, full: str) -> Iterator[tuple[nn.Module, str]]:
+    """The module of a parameter and those around it, inside out, each with the name of the parameter below it."""
+    pieces = full.split(".")
+    for depth in reversed(range(len(pieces))):
+        yield model.get_submodule(".".join(pieces[:depth])), ".".join(pieces[depth:])
+
+
 #: Bringing an offloaded module in changes the module, and several of its matrices are read at a time.
 _OFFLOADED = threading.RLock()
 
 
-@contextlib.contextmanager
-def _loaded(module: nn.Module, name: str) -> Iterator[None]:
-    """Brings the weight of a module that accelerate has offloaded into memory for a while."""
-    if not hasattr(module, "_hf_hook"):
-        yield
-        return
-    from accelerate.utils import align_module_device
+@dataclass(frozen=True)
+class _Offloaded:
+    """A parameter that is on meta but for the forward pass, to which a hook of accelerate brings its values."""
 
-    with _OFFLOADED:
-        if getattr(module, name).device.type != "meta":
+    full: str
+    owner: nn.Module  # of the hook
+    hook: Any
+    key: str  # of the parameter among those that the hook brings in
+
+    @contextlib.contextmanager
+    def brought_in(self) -> Iterator[None]:
+        """As accelerate's align_module_device, for modules of several hooks, too."""
+        device, self.hook.execution_device = self.hook.execution_device, "cpu"
+        try:
+            self.hook.pre_forward(self.owner)
             yield
+        finally:
+            self.hook.post_forward(self.owner, None)
+            self.hook.execution_device = device
+
+    def place(self) -> tuple[MutableMapping[str, torch.Tensor], str]:
+        """Where values in memory are, or can be put to be taken in the place of those on disk."""
+        weights, key = self.hook.weights_map, self.key
+        while not isinstance(weights, MutableMapping):
+            if hasattr(weights, "prefix"):  # PrefixedDataset
+                weights, key = weights.dataset, weights.prefix + key
+            elif hasattr(weights, "state_dict"):  # OffloadedWeightsLoader, which looks there before it looks on disk
+                weights = weights.state_dict
+            else:
+                raise ValueError(
+                    f"{self.full} is offloaded to a {type(weights).__name__}, which cannot be changed: load the model "
+                    "without offloading"
+                )
+        return weights, key
+
+    def update(self, dtype: torch.dtype, change: Change) -> None:
+        """In place where the values are in memory, for they may be shared; never in the files."""
+        weights, key = self.place()
+        if key in weights and weights[key].dtype == dtype:
+            _in_place(weights[key], change)
             return
-        with align_module_device(module, execution_device=torch.device("cpu")):
-            yield
+        with torch.inference_mode(False), torch.no_grad():
+            values = self.hook.weights_map[self.key].to("cpu", dtype, copy=True)
+            change(values)
+        weights[key] = values

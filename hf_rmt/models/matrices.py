@@ -6,7 +6,7 @@ import fnmatch
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -15,7 +15,20 @@ from hf_rmt.models import fused, names
 
 #: Reads one parameter, or one expert of a stacked one, as it is stored.
 Load = Callable[[int | None], torch.Tensor]
+#: Changes a whole parameter, as it is stored, in place.
+Change = Callable[[torch.Tensor], None]
 Kind = Literal["block", "embedding", "head"]
+
+
+@runtime_checkable
+class Store(Protocol):
+    """What a ``Load`` also is where the parameter can be changed: that of a live model, never that of a file."""
+
+    def check_writable(self) -> None:
+        """Raises ValueError, with the reason and the remedy, where a change would be impossible or lost."""
+
+    def update(self, change: Change) -> None:
+        """Hands the whole parameter to ``change``, all its experts and rows, and keeps what comes of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +69,64 @@ class WeightMatrix:
             ValueError: the weight is on meta, packed, or not floating point, named with a remedy.
             OSError: the file behind it cannot be read.
         """
-        weight = self.load(self.expert)
-        if self.transposed:
-            weight = weight.mT
-        if self.rows is not None:
-            weight = weight[self.rows]
+        return self._own_rows(self._turned(self.load(self.expert)))
+
+    def write(self, values: torch.Tensor) -> None:
+        """Put other values into the model, in place: the inverse of ``read``.
+
+        They are cast to the dtype of the parameter, so that ``read`` then gives ``values.to(dtype)`` to the bit.
+        The parameter stays the same object with the same ``requires_grad``; the rest of it, where it holds other
+        matrices too, keeps its bits. Tied parameters change together. What is offloaded changes where accelerate
+        keeps it: in memory, never on disk, so a written matrix takes memory from then on. Of several processes, each
+        has to write: its own copy (DDP), or all together their shares (FSDP2), of the values of the first.
+
+        What ``read`` gave before may be a view, which changes along: to keep it, clone it first.
+
+        Args:
+            values: the ``(out, in)`` matrix, of any dtype, on any device.
+
+        Raises:
+            ValueError: the values have another shape, or the matrix cannot be written, as ``check_writable`` says;
+                nothing has changed then.
+            TypeError: the values are no tensor.
+        """
+        if not isinstance(values, torch.Tensor):
+            raise TypeError(f"{self.name} takes a torch.Tensor, not {type(values).__name__}: use torch.as_tensor")
+        if tuple(values.shape) != self.shape:
+            raise ValueError(f"{self.name} has shape {self.shape}, and cannot take values of {tuple(values.shape)}")
+        self._store().update(lambda stored: self._put(stored, values))
+
+    def check_writable(self) -> None:
+        """Make sure that ``write`` can work, without changing anything.
+
+        Raises:
+            ValueError: it cannot: the matrix is in a file, quantised, on meta, computed from other parameters, or
+                read together with adapters. The message says which, and the remedy.
+        """
+        self._store()
+
+    def _store(self) -> Store:
+        if not isinstance(self.load, Store):
+            raise ValueError(
+                f"{self.name} is read from a file, and files are never written: load the model, and change that"
+            )
+        self.load.check_writable()
+        return self.load
+
+    def _put(self, stored: torch.Tensor, values: torch.Tensor) -> None:
+        """The way of ``read`` backwards: values into the parameter as it is stored."""
+        whole = self._turned(stored if self.expert is None else stored[self.expert])
+        self._own_rows(whole)
+        new = values.detach().to(whole.device, whole.dtype)
+        if new.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+            new = new.clone()  # a transposed view of the matrix, say, would be overwritten while it is read
+        whole[... if self.rows is None else self.rows] = new
+
+    def _turned(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.mT if self.transposed else weight
+
+    def _own_rows(self, whole: torch.Tensor) -> torch.Tensor:
+        weight = whole if self.rows is None else whole[self.rows]
         if tuple(weight.shape) != self.shape:
             raise ValueError(
                 f"{self.name}: expected shape {self.shape}, found {tuple(weight.shape)}; "
