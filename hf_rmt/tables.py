@@ -1,4 +1,4 @@
-"""What the command line prints: tables by role, means over blocks."""
+"""What the command line prints: tables by role, means over blocks; of a sweep, a row a removal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from hf_rmt.reports.comparison import ModelComparison
     from hf_rmt.reports.report import AnalysisReport
+    from hf_rmt.reports.sweep import SweepTable
 
 #: Heading -> column of ``by_role`` and whether it is a share.
 _SHOWN = {
@@ -100,6 +101,35 @@ def comparison_table(comparison: ModelComparison) -> Table:
     return table
 
 
+def sweep_table(sweep: SweepTable, metric: str | None = None) -> Table:
+    """What each removal did to a score, and how sure that is; random controls are in the last column."""
+    metric = sweep.main_metric(metric)
+    summary = sweep.summary(metric)
+    summary = summary[summary["control"] == ""].astype({"block": "string"}).fillna({"block": ""})
+    where = [column for column in ("order", "role", "block") if (summary[column] != "").any()]
+    shown = [*where, "selection", "change", "95 %", "seeds", "verdict", "over\nrandom"]
+    table = Table(
+        title=f"Change of {metric} when singular values are removed",
+        caption="change: score minus baseline, mean over seeds ± standard error; 95 %: interval over evaluation rows "
+        "and seeds; drop: the model got worse; undecided: below two standard errors; empty: nothing was selected; "
+        "over random: minus the change by as many random components",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in shown:
+        name = heading in (*where, "selection")  # where a terminal is narrow, names give way, not numbers
+        table.add_column(heading, justify="left" if name else "right", no_wrap=not name, overflow="fold")
+    for _, row in summary.iterrows():
+        interval = f"{_signed(row['low'])} {_signed(row['high'])}".strip()
+        error = "" if math.isnan(row["error"]) else f" ±{_signed(row['error'])[1:]}"
+        cells = [_signed(row["change"]) + error, interval, str(row["seeds"]), row["verdict"]]
+        cells.append(_signed(row["over_control"]))
+        table.add_row(*(row[column] for column in where), row["selection"], *cells)
+    return table
+
+
 def _new_table(title: str, caption: str, headings: Iterable[str]) -> Table:
     table = Table(
         title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
@@ -121,6 +151,13 @@ def _count(mean: float, spread: float, share: bool) -> str:
     if share:
         return f"{mean:.1%}"
     return f"{mean:.0f}" if math.isnan(spread) else f"{mean:.0f} ±{spread:.0f}"
+
+
+def _signed(number: float) -> str:
+    """NaN where nothing tells."""
+    if math.isnan(number):
+        return ""
+    return f"{number:+.3f}" if abs(number) < 10 else f"{number:+.3g}"
 
 
 def _leading(ratios: pd.Series) -> str:

@@ -1,6 +1,6 @@
 """Writing files so that nothing half-written is ever taken for whole.
 
-A result of one *kind* (a report, covariances, a comparison) is a few files and a manifest
+A result of one *kind* (a report, covariances, a comparison, a sweep) is a few files and a manifest
 ``<kind>.json``; several kinds may share a folder. Whole reports may be part of a result, in subfolders.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from hf_rmt.reports.result import MatrixResult
 
-Kind = Literal["report", "covariances", "comparison"]
+Kind = Literal["report", "covariances", "comparison", "sweep"]
 _FORMAT = 1
 
 
@@ -215,8 +215,12 @@ class Storable(Protocol):
 class PartialRun:
     """Results of an unfinished run, one file a matrix, in ``folder/partial``."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any], result_class: type[Storable] = MatrixResult):
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], result_class: type[Storable] = MatrixResult, lock: bool = True
+    ):
         """Open or begin a run whose results are of one class.
+
+        ``lock`` keeps other processes out; of several that write to one run, the first alone locks it.
 
         Raises:
             ValueError: the folder belongs to another model or other settings, or is in use.
@@ -230,7 +234,7 @@ class PartialRun:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(run, identity)
-        self.lock = _lock(self.folder)
+        self.lock = _lock(self.folder) if lock else None
 
     def path(self, index: int) -> Path:
         """File of the matrix with this position in the analysis."""
