@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,11 +17,15 @@ from hf_rmt import __version__
 
 if TYPE_CHECKING:
     from hf_rmt.analyzer import RMTAnalyzer
+    from hf_rmt.pruner import SVDPruner
     from hf_rmt.reports.comparison import ModelComparison
     from hf_rmt.reports.covariances import ActivationCovariances
     from hf_rmt.reports.report import AnalysisReport
+    from hf_rmt.reports.sweep import SweepTable
+    from hf_rmt.theory.selection import Selection
 
 _OUT_HELP = "Folder for the report and the pictures; an unfinished analysis there is resumed."
+_SWEEP_HELP = "Folder for the table and the pictures; an unfinished sweep there is resumed."
 
 
 class _NumberOrRule(click.ParamType):
@@ -48,6 +53,13 @@ class _Blocks(click.ParamType):
                 self.fail(f"{piece.strip()!r} is an empty range of blocks", param, ctx)
             numbers += range(int(first), int(last if dash else first) + 1)
         return numbers
+
+
+class _BlocksOrEach(_Blocks):
+    """The same, or ``"each"``."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value == "each" else super().convert(value, param, ctx)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -145,7 +157,9 @@ def _ready_to_run(model: str, revision: str | None, which: dict[str, bool]) -> R
     return analyzer_of_adapter(model, **which)
 
 
-def _collect(analyzer: RMTAnalyzer, out: Path, options: dict[str, Any], text: dict[str, Any]) -> ActivationCovariances:
+def _collect(
+    analyzer: RMTAnalyzer, out: Path | None, options: dict[str, Any], text: dict[str, Any]
+) -> ActivationCovariances:
     """The covariances that the options of texts ask for."""
     centred, data = text.pop("centred"), text.pop("text")
     text["columns"] = text["columns"] or None
@@ -171,6 +185,126 @@ def compare(before: str, after: str, out: Path, plots: bool, **options: Any) -> 
     comparison = RMTAnalyzer.compare(before, after, folder=out, **options)
     Console().print(comparison_table(comparison))
     _draw(comparison, out, plots, "comparison")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--remove", "removals", multiple=True, help="What to remove, as decile:10; repeat for several.")
+@click.option("--keep", help="Remove all but this, as rank:64.")
+@click.option("--role", "roles", multiple=True, help="Role, name or pattern; repeat for several.")
+@click.option("--blocks", type=_Blocks(), help="Blocks, as in 0-3,7.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the model.")
+@click.option("--overwrite", is_flag=True, help="Replace another model in the folder.")
+@click.option("--push", "repository", help="Put the model on the Hub too, as user/name.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", help="Branch, tag or commit of MODEL on the Hub.")
+@click.option("--device", help="Where to factor matrices, as in cuda:0.")
+@click.option("--workers", type=int, help="Matrices at a time on the CPU.")
+@_text_options
+@click.pass_context
+def prune(context: click.Context, model: str, out: Path, **options: Any) -> None:
+    """Remove singular components from weights of MODEL, a checkpoint folder or Hub id.
+
+    What is written loads with transformers alone. --text is for selections by overlap with the activations.
+    """
+    from rich.console import Console
+
+    from hf_rmt.hub import refuse_another
+    from hf_rmt.model_card import PruningRecord
+    from hf_rmt.tables import pruning_table
+
+    if options["text"] is None:
+        _refuse_options_of_texts(context)
+    if options["private"] and not options["repository"]:
+        raise click.UsageError("--private is of no use without --push: it is for a new repository on the Hub", context)
+    what = _selected(options["removals"], options["keep"])
+    pruner = _pruner(model, options)
+    refuse_another(out, PruningRecord.of(pruner), options["overwrite"])  # before hours of work
+    pruner.remove(**what, roles=options["roles"] or None, blocks=options["blocks"])
+    pruner.save_pretrained(out, overwrite=options["overwrite"])
+    Console().print(pruning_table(pruner.affected()))
+    click.echo(f"pruned model: {out}")
+    if options["repository"]:
+        commit = pruner.push_to_hub(options["repository"], private=options["private"] or None)
+        click.echo(f"on the Hub: {commit.commit_url}")
+
+
+def _selected(removals: tuple[str, ...], keep: str | None) -> dict[str, Selection]:
+    """What to remove, or to keep, as ``SVDPruner.remove`` is told."""
+    from hf_rmt.theory.selection_names import parse_selection
+
+    if bool(removals) == (keep is not None):
+        raise click.UsageError("give --remove or --keep, one of them; --remove 'decile:10 and not rank:64' is both")
+    if keep is not None:
+        return {"keep": parse_selection(keep)}
+    return {"selection": functools.reduce(operator.or_, map(parse_selection, removals))}
+
+
+def _pruner(model: str, options: dict[str, Any]) -> SVDPruner:
+    """A pruner of a checkpoint, with the covariances of its activations over texts if any are given."""
+    from hf_rmt.models.loading import load_model
+    from hf_rmt.pruner import SVDPruner
+
+    loaded = load_model(model, options["revision"])
+    covariances = None
+    if options["text"] is not None:
+        from hf_rmt import RMTAnalyzer
+
+        text = {key: options[key] for key in ("text", *_OF_TEXTS)}
+        covariances = _collect(RMTAnalyzer(loaded), None, {"roles": None, "blocks": None}, text)
+    return SVDPruner(loaded, covariances=covariances, device=options["device"], workers=options["workers"])
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--task", help="Score a classifier by its accuracy on sst2, wic or boolq.")
+@click.option("--data", help="Folder with the task's files, of which the dev file is read, or Hub id.")
+@click.option("--rows", type=int, help="So many rows of it, drawn at random; all by default.")
+@click.option("--text", help="Score a causal model by its perplexity on texts: a file, data set folder or Hub id.")
+@click.option("--column", "columns", multiple=True, help="Text column of the data set.")
+@click.option("--max-tokens", type=int, help="Stop after so many tokens of text.")
+@click.option("--max-length", type=int, help="Cut each row or text to so many tokens.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help=_SWEEP_HELP)
+@click.option("--decile", "deciles", type=click.IntRange(1, 10), multiple=True, help="Decile; without --remove, all.")
+@click.option("--remove", "removals", multiple=True, help="What to remove, as rank:5; repeat for several.")
+@click.option("--role", "roles", multiple=True, help="Role, name or pattern, each by itself; each role by default.")
+@click.option("--together", is_flag=True, help="Remove from all matrices at once.")
+@click.option("--blocks", type=_BlocksOrEach(), help="Blocks, each by itself: as in 0-3,7, or each; else all at once.")
+@click.option("--controls", default=1, show_default=True, help="Random draws of as many components.")
+@click.option("--seed", default=0, show_default=True, help="Number of the model, where sweeps of several are joined.")
+@click.option("--margin", default=0.03, show_default=True, help="Share by which to beat a guess of the largest class.")
+@click.option("--revision", help="Branch, tag or commit of MODEL on the Hub.")
+@click.option("--device", help="Where to run the model, as in cuda:0.")
+@click.option("--workers", type=int, help="Matrices at a time on the CPU.")
+@click.option("--plots/--no-plots", default=True, help="Draw the paper's figures into the folder.")
+@click.pass_context
+def sweep(context: click.Context, model: str, out: Path, plots: bool, **options: Any) -> None:
+    """Remove one part of the spectrum of MODEL after the other, and score what is left.
+
+    MODEL is a fine-tuned classifier, with --task, or a causal language model, with --text; a checkpoint folder or Hub
+    id.
+    """
+    from hf_rmt import sweep_command
+
+    _refuse_strange_mixtures(context, options)
+    table = sweep_command.run(model, out, options)
+    if sweep_command.show(table):
+        _draw(table, out, plots, "sweep", "evaluations")
+
+
+def _refuse_strange_mixtures(context: click.Context, options: dict[str, Any]) -> None:
+    """Raise where options of a sweep leave open what scores the model, or are of no use."""
+    if (options["task"] is None) == (options["text"] is None):
+        raise click.UsageError("give --task with --data for a classifier, or --text for a causal model", context)
+    of_tasks, of_texts = ("data", "rows"), ("columns", "max_tokens")
+    other, useless = ("--text", of_tasks) if options["task"] is None else ("--task", of_texts)
+    for option in context.command.params:
+        if option.name in useless and options[option.name]:
+            raise click.UsageError(f"{option.opts[0]} is of no use with {other}", context)
+    if options["task"] is not None and options["data"] is None:
+        raise click.UsageError("--task needs --data: the folder with the task's files, or its Hub id", context)
+    if options["together"] and options["roles"]:
+        raise click.UsageError("--together is all matrices at once, and --role each of some: give one of them", context)
 
 
 @cli.command()
@@ -203,14 +337,16 @@ def _finish(report: AnalysisReport, out: Path, plots: bool) -> None:
     _draw(report, out, plots, "report")
 
 
-def _draw(result: AnalysisReport | ModelComparison, out: Path, plots: bool, kind: str) -> None:
+def _draw(
+    result: AnalysisReport | ModelComparison | SweepTable, out: Path, plots: bool, kind: str, parts: str = "matrices"
+) -> None:
     """Draw the pictures, where that is possible, and say where everything is."""
     drawn = plots and find_spec("matplotlib") is not None
     if drawn:
         result.plot(out)
     elif plots:
         click.echo('no pictures without matplotlib: pip install "hf_rmt[plots]"', err=True)
-    click.echo(f"{kind}{' and pictures' if drawn else ''} of {len(result)} matrices: {out}")
+    click.echo(f"{kind}{' and pictures' if drawn else ''} of {len(result)} {parts}: {out}")
 
 
 def main() -> None:

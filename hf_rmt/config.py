@@ -1,16 +1,17 @@
-"""The settings of an analysis, and of a collection of activations."""
+"""The settings of an analysis, of a collection of activations, and of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
 from hf_rmt.theory.controls import CONTROLS, Control
 from hf_rmt.theory.marchenko_pastur import SIGMA_RULES, SigmaRule, check_sigma
+from hf_rmt.theory.selection import Decile, Selection
 from hf_rmt.theory.tracy_widom import check_rate
 
-Config = TypeVar("Config", "AnalysisConfig", "CollectConfig")
+Config = TypeVar("Config", "AnalysisConfig", "CollectConfig", "SweepConfig")
 Sides = Literal["both", "right", "left", "none"]
 #: Settings that say how the work is done and not what comes out.
 _EXECUTION = ("device", "workers", "progress", "strict")
@@ -121,6 +122,58 @@ class CollectConfig:
     def for_texts(self) -> dict[str, Any]:
         """The keywords of ``text_batches``."""
         return {key: getattr(self, key) for key in ("columns", "batch_size", "max_length", "max_tokens")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What a sweep removes, from where; each field is also a keyword of ``SVDPruner.sweep``.
+
+    Attributes:
+        selections: what to remove, one after the other; beside ``deciles``, if both are given.
+        deciles: numbers of deciles, 1 for the largest singular values; None, without ``selections``, for all ten.
+        roles: ``"each"`` role by itself (paper Fig. 7), ``"all"`` matrices together (Fig. 8), or roles to take
+            each by itself.
+        blocks: ``"together"``, ``"each"`` by itself, or blocks to take each by itself.
+        controls: random draws, from the same matrices, of as many components as each selection has; selections
+            of one size (to 5 %) share them.
+        seed: number of the model, where several are swept that differ in the seed of their fine-tuning.
+        margin: points by which the model has to beat a guess of the largest class, as a share; a sweep of one
+            that has learned nothing says nothing.
+        progress: show a progress bar; None shows one on a terminal.
+    """
+
+    selections: Sequence[Selection] | None = None
+    deciles: Iterable[int] | None = None
+    roles: str | Sequence[str] = "each"
+    blocks: str | Sequence[int] = "together"
+    controls: int = 0
+    seed: int = 0
+    margin: float = 0.03
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.deciles is not None:
+            object.__setattr__(self, "deciles", tuple(self.deciles))
+        if isinstance(self.blocks, str) and self.blocks not in ("together", "each"):
+            raise ValueError(f"blocks is {self.blocks!r}: give 'together', 'each', or block numbers")
+        if self.controls < 0:
+            raise ValueError(f"controls is {self.controls!r}: give a number of random draws, or 0")
+        self.chosen()
+
+    @classmethod
+    def of(cls, config: SweepConfig | None, options: dict[str, Any]) -> SweepConfig:
+        """A configuration with some fields replaced; an unknown field raises a TypeError that lists them."""
+        return _with_options(cls, config, options)
+
+    def chosen(self) -> list[Selection]:
+        """The selections, deciles first."""
+        deciles = range(1, 11) if self.deciles is None and self.selections is None else self.deciles or ()
+        found = [*map(Decile, deciles), *(self.selections or ())]
+        if strange := [one for one in found if not isinstance(one, Selection)]:
+            raise TypeError(f"{strange[0]!r} is no selection, as Decile(10) is one; parse_selection reads its name")
+        if not found:
+            raise ValueError("there is nothing to remove: give selections or deciles")
+        return list(dict.fromkeys(found))
 
 
 def _with_options(cls: type[Config], config: Config | None, options: dict[str, Any]) -> Config:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from hf_rmt.analysis import Bases, analyse_matrix, digest_of, fingerprint_of
+from hf_rmt.analysis import Bases, analyse_matrix
 from hf_rmt.config import AnalysisConfig
+from hf_rmt.models.digests import digest_of, fingerprint_of
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
@@ -47,9 +48,9 @@ class AnalysisRun:
             )
         self.matrices = matrices
         self.config = config
-        self.bases = None if covariances is None else _EigenbasisPool(covariances, matrices)
+        self.bases = None if covariances is None else EigenbasisPool(covariances, matrices)
         self.decisive = config.identity() | {"covariances": None if covariances is None else covariances.identity()}
-        self.settings = self.decisive | origin | {"versions": _versions()}
+        self.settings = self.decisive | origin | {"versions": versions()}
 
     def identity(self) -> dict[str, Any]:
         """What a folder must have been made for. Where the model was loaded from is no part of it."""
@@ -144,7 +145,7 @@ def matrix_by_matrix(
             yield index, result
 
 
-class _EigenbasisPool:
+class EigenbasisPool:
     """Eigenbases of the activations around each matrix, computed once for all that share them.
 
     One is kept from the first matrix that asks for it to the last.
@@ -215,7 +216,8 @@ def matrices_at_a_time(matrices: list[WeightMatrix], config: AnalysisConfig, cop
     return config.workers or workers_for([matrix.shape for matrix in matrices], copies)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
     import importlib.metadata
 
     import hf_rmt

@@ -130,6 +130,27 @@ def sweep_table(sweep: SweepTable, metric: str | None = None) -> Table:
     return table
 
 
+def pruning_table(affected: pd.DataFrame) -> Table:
+    """What was removed from a model, by role; of ``SVDPruner.affected``."""
+    from hf_rmt.model_card import by_role
+
+    table = Table(
+        title="Singular components removed, by role",
+        caption="mass: share of the sum of singular values, energy: of the sum of their squares, mean over matrices",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("role", overflow="fold")  # where a terminal is narrow, names give way, not numbers
+    for heading in ("matrices", "removed", "of", "mass", "energy", "parameters"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in by_role(affected).to_dict("records"):
+        numbers = [f"{row[column]:,}" for column in ("matrices", "removed", "of")]
+        table.add_row(row["role"], *numbers, f"{row['mass']:.1%}", f"{row['energy']:.1%}", f"{row['parameters']:,}")
+    return table
+
+
 def _new_table(title: str, caption: str, headings: Iterable[str]) -> Table:
     table = Table(
         title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)

@@ -280,3 +280,88 @@ def test_without_matplotlib_the_report_is_there_all_the_same(checkpoint: Path, t
     result = CliRunner().invoke(cli, ["analyze", str(checkpoint), "--out", str(tmp_path / "o"), "--sides", "none"])
     assert result.exit_code == 0 and 'pip install "hf_rmt[plots]"' in result.output
     assert len(AnalysisReport.load(tmp_path / "o")) == 14
+
+
+def test_prune_writes_what_the_library_does(checkpoint: Path, tmp_path) -> None:
+    from hf_rmt.pruner import SVDPruner
+    from hf_rmt.theory.selection import Decile, Rank
+
+    out = tmp_path / "out"
+    options = "--remove decile:10 --remove decile:9 --role key --role *output --blocks 1 --workers 1"
+    result = CliRunner().invoke(cli, ["prune", str(checkpoint), "--out", str(out), *options.split()])
+    assert result.exit_code == 0, result.output
+    pruner = SVDPruner(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), workers=1)
+    pruner.remove(Decile(10) | Decile(9), roles=["key", "*output"], blocks=1)
+    _assert_same_weights(out, pruner.model)
+    table = pruner.affected().groupby("role").sum(numeric_only=True)
+    rows = {line.split()[0]: line.split() for line in result.output.splitlines() if line.strip()}
+    for role in ("key", "attention.output", "output"):
+        assert rows[role][1:4] == ["1", str(table.loc[role, "removed"]), str(table.loc[role, "of"])]
+        assert rows[role][4:6] == [f"{table.loc[role, column]:.1%}" for column in ("mass", "energy")]
+        assert rows[role][6] == f"{table.loc[role, 'parameters']:,}"
+    assert f"pruned model: {out}" in result.output and (out / "README.md").is_file()
+
+    arguments = ["prune", str(checkpoint), "--out", str(out), "--keep", "rank:8", "--workers", "1"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    pruner.restore()
+    pruner.remove(keep=Rank(8))
+    _assert_same_weights(out, pruner.model)
+
+
+def _assert_same_weights(folder: Path, model: torch.nn.Module) -> None:
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_prune_by_overlap_with_texts(make_model, tmp_path) -> None:
+    from hf_rmt.pruner import SVDPruner
+    from hf_rmt.theory.selection import Overlapping
+
+    _adapter_of_a_model_with_words(make_model, tmp_path)
+    data = ["--text", str(tmp_path / "texts.txt"), "--centred"]
+    where = ["prune", str(tmp_path / "base"), "--out", str(tmp_path / "out"), "--role", "query", "--workers", "1"]
+    result = CliRunner().invoke(cli, [*where, *data, "--remove", "overlapping:0.5"])
+    assert result.exit_code == 0, result.output
+    model = transformers.AutoModel.from_pretrained(tmp_path / "base")
+    covariances = RMTAnalyzer(model).collect(str(tmp_path / "texts.txt")).with_centring(True)
+    pruner = SVDPruner(model, covariances=covariances, workers=1)
+    pruner.remove(Overlapping(0.5), roles="query")
+    assert 0 < pruner.affected()["removed"].sum() < 128
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    query = "encoder.layer.1.attention.self.query.weight"
+    assert torch.equal(loaded.get_parameter(query), model.get_parameter(query))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("", "give --remove or --keep, one of them"),
+        ("--remove decile:1 --keep rank:3", "give --remove or --keep, one of them"),
+        ("--remove decile:11", "cannot read the selection 'decile:11'"),
+        ("--remove overlapping", "overlaps need the activations"),
+        ("--remove rank:999", "999"),
+        ("--remove decile:1 --role qery", "no role or name matches 'qery'"),
+        ("--remove decile:1 --private", "--private is of no use without --push"),
+        ("--remove decile:1 --max-tokens 5", "--max-tokens is of no use without --text"),
+    ],
+)
+def test_errors_of_prune(options: str, message: str, checkpoint: Path, tmp_path) -> None:
+    out = tmp_path / "out"
+    result = CliRunner().invoke(cli, ["prune", str(checkpoint), "--out", str(out), "--workers", "1", *options.split()])
+    assert result.exit_code != 0
+    assert message in " ".join(f"{result.output} {result.exception}".split())
+    assert not out.exists()
+
+
+def test_prune_does_not_overwrite_another_model_unasked(checkpoint: Path, monkeypatch) -> None:
+    arguments = ["prune", str(checkpoint), "--remove", "decile:10", "--out", str(checkpoint), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_rmt.pruner.SVDPruner.remove", lambda *_, **__: pytest.fail("it is refused before that"))
+        result = CliRunner().invoke(cli, arguments)
+    assert isinstance(result.exception, ValueError) and "overwrite=True" in str(result.exception)
+    assert not (checkpoint / "hf_rmt.json").exists()
+    assert CliRunner().invoke(cli, [*arguments, "--overwrite"]).exit_code == 0
+    assert (checkpoint / "hf_rmt.json").is_file()

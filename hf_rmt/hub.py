@@ -1,0 +1,449 @@
+"""A pruned model as any other: in a folder, or on the Hub."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_rmt.model_card import MANIFEST, TABLE, PruningRecord, card_of
+from hf_rmt.models.live import is_sharded, unwrap
+from hf_rmt.processes import broadcast, raise_together, rank_and_count
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from hf_rmt.pruner import SVDPruner
+
+log = logging.getLogger(__name__)
+
+#: Where new files come together, and where old ones wait until these have taken their place.
+_INCOMING, _OUTGOING = ".incoming-model", ".outgoing-model"
+#: Files that ``from_pretrained`` looks for; one left over would be loaded beside or instead of the new ones.
+_LOADED = (
+    "config.json",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "adapter_config.json",
+    "adapter_model.*",
+)
+#: What image, audio and video models have in place of a tokenizer, or beside it.
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """How a model goes to the Hub.
+
+    Attributes:
+        private: whether a new repository is; None for what is usual there.
+        revision: branch to commit to, made from the main one if it does not exist; None for the main one.
+        token: of the account; None for the one that is logged in.
+        commit_message: None for one that says what was removed.
+        create_pr: open a pull request instead.
+    """
+
+    private: bool | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    commit_message: str | None = None
+    create_pr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision is not None:
+            raise ValueError(
+                f"a pull request goes to the main branch, not to {self.revision!r}: give one of revision and create_pr"
+            )
+
+
+def save(
+    pruner: SVDPruner, folder: str | Path, *, tokenizer: Any = None, metrics: Any = None, overwrite: bool = False
+) -> Path:
+    """Write a model as it is now to a folder; see ``SVDPruner.save_pretrained``."""
+    place = Path(folder).absolute()
+    model = _savable(pruner.model)
+    record = PruningRecord.of(pruner, metrics)
+    _first(lambda: refuse_another(place, record, overwrite))
+    weights = _gathered(model)
+    files = _Files(model, record, weights, tokenizer, place.name)
+    _first(lambda: _into(place, files.write))
+    return place
+
+
+def push(
+    pruner: SVDPruner, repo_id: str, *, tokenizer: Any = None, metrics: Any = None, how: Push | None = None
+) -> CommitInfo:
+    """Commit a model as it is now to a repository of the Hub; see ``SVDPruner.push_to_hub``."""
+    how = how or Push()
+    model = _savable(pruner.model)
+    repo = _first(lambda: _full_name(repo_id, how))
+    record = PruningRecord.of(pruner, metrics)
+    files = _Files(model, record, _gathered(model), tokenizer, repo)
+
+    def build_and_upload() -> CommitInfo:
+        with tempfile.TemporaryDirectory(prefix="hf_rmt-") as place:
+            files.write(Path(place))
+            return _Upload(repo, how).commit(Path(place), how.commit_message or _message(record))
+
+    return _first(build_and_upload)
+
+
+def _first(work: Callable[[], T]) -> T:
+    """What the first process does alone; all go on with its result, or its error."""
+    error, result = None, None
+    if rank_and_count()[0] == 0:
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+    raise_together(error)
+    return broadcast(result)
+
+
+# What is written
+
+
+def _savable(model: nn.Module) -> PreTrainedModel:
+    """The model that transformers can save.
+
+    Raises:
+        ValueError: it cannot save this one whole; the message says what can be done.
+    """
+    from transformers import PreTrainedModel
+
+    inner = unwrap(model)
+    name = type(inner).__name__
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"{name} is no model of transformers, so there is no telling how it would be loaded: write its weights "
+            "with safetensors.torch.save_model, or as the library does that it comes from"
+        )
+    if any(hasattr(module, "base_layer") for module in inner.modules()):
+        raise ValueError(
+            f"{name} has adapters in it: make them part of the weights with merge_and_unload(), or take them away "
+            "with unload(), and make a new SVDPruner of what that returns"
+        )
+    if getattr(inner.config, "distributed_config", None) is not None:
+        raise ValueError(f"{name} was sharded by transformers as it was loaded: load it without distributed_config")
+    return inner
+
+
+def _gathered(model: PreTrainedModel) -> dict[str, Any] | None:
+    """All weights on the CPU of the first process, where they are not whole in memory; None where they are."""
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    offloaded = any(parameter.device.type == "meta" for parameter in model.parameters())
+    if offloaded and not hasattr(model, "hf_device_map"):  # with one, transformers brings them in shard by shard
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        return get_state_dict_offloaded_model(model)
+    return None
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a pruned model.
+
+    Attributes:
+        model: as it is now.
+        record: of what was removed.
+        weights: gathered already, or None for those of the model.
+        tokenizer: or processor, or None for what the model came with.
+        name: folder or repository that they go to.
+    """
+
+    model: PreTrainedModel
+    record: PruningRecord
+    weights: dict[str, Any] | None
+    tokenizer: Any
+    name: str
+
+    def write(self, folder: Path) -> None:
+        """Write all of them."""
+        self.model.save_pretrained(folder, state_dict=self.weights)
+        auto, note = self._write_processor(folder)
+        card_of(self.record, self.name, self.model.model_tags, note, auto).save(folder / "README.md")
+        self.record.matrices.to_csv(folder / TABLE, index=False)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        described = self.record.as_json() | {"files": [*names, MANIFEST]}
+        (folder / MANIFEST).write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
+
+    def _write_processor(self, folder: Path) -> tuple[str, str]:
+        """Write what prepares the model's inputs; the class that loads it, and a note where there is none."""
+        if self.tokenizer is not None:
+            if not hasattr(self.tokenizer, "save_pretrained"):
+                raise TypeError(
+                    f"tokenizer is {self.tokenizer!r}, which has no save_pretrained: give one of transformers"
+                )
+            self.tokenizer.save_pretrained(folder)
+            return _loader_of(folder), ""
+        for name in _PROCESSOR:
+            if (path := self.record.local_file(name)) is not None:
+                shutil.copyfile(path, folder / name)
+        try:
+            self._own_tokenizer().save_pretrained(folder)
+        except ValueError as error:
+            if not _loader_of(folder):
+                log.warning("saved without a tokenizer: %s", " ".join(str(error).split()))
+                return "", "No tokenizer or processor is included: use those of the original."
+        return _loader_of(folder), ""
+
+    def _own_tokenizer(self) -> Any:
+        """The tokenizer that the model came with: from this machine, else from the Hub if that is where it came from.
+
+        Raises:
+            ValueError: it came with none.
+        """
+        from hf_rmt.models.text import tokenizer_of
+
+        try:
+            return tokenizer_of(self.model)
+        except ValueError:
+            if self.record.hub_id is None:
+                raise
+        return tokenizer_of(self.record.hub_id)
+
+
+def _loader_of(folder: Path) -> str:
+    """The class that loads what prepares a model's inputs from a folder; empty if nothing there does."""
+    tokenizer = (folder / "tokenizer_config.json").is_file()
+    if any((folder / name).is_file() for name in _PROCESSOR):
+        images = {path.name for path in folder.glob("*processor_config.json")} == {"preprocessor_config.json"}
+        settings = json.loads((folder / "preprocessor_config.json").read_text()) if images else {}
+        image_alone = not tokenizer and "image_processor_type" in settings
+        return "AutoImageProcessor" if image_alone else "AutoProcessor"
+    return "AutoTokenizer" if tokenizer else ""
+
+
+def _message(record: PruningRecord) -> str:
+    return f"{record.base} without {'; '.join(map(str, record.edits))}" if record.edits else f"{record.base}, whole"
+
+
+# Folders
+
+
+def refuse_another(folder: Path, record: PruningRecord, overwrite: bool) -> None:
+    """Have no other model replaced unasked.
+
+    Raises:
+        ValueError: the folder holds a model that ``save`` has not made from the same original.
+        NotADirectoryError: it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: give a folder")
+    holds_model = _loadable(path.name for path in folder.glob("*"))
+    if holds_model and not overwrite and not record.same_original(_earlier(folder)):
+        raise ValueError(
+            f"{folder} holds a model that was not made from these weights of {record.base} by hf_rmt: give another "
+            "folder, or overwrite=True to replace it"
+        )
+
+
+def _earlier(folder: Path) -> dict[str, Any] | None:
+    """What an earlier ``save`` left in a folder says of itself."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+        return found if isinstance(found["files"], list) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _loadable(names: Iterable[str]) -> list[str]:
+    """Those files of a folder, not of folders in it, that ``from_pretrained`` would look for."""
+    return [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in _LOADED)]
+
+
+def _into(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have files written beside those of a folder, and let them take the place of an earlier model.
+
+    Until all are written the folder is as it was. While they move it is no model: ``config.json`` goes first and
+    comes last.
+    """
+    existed = folder.is_dir()
+    stage, aside = folder / _INCOMING, folder / _OUTGOING
+    try:
+        shutil.rmtree(stage, ignore_errors=True)  # of a save that was killed
+        stage.mkdir(parents=True)
+        write(stage)
+        shutil.rmtree(aside, ignore_errors=True)
+        _swap(folder, stage, aside)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def _swap(folder: Path, stage: Path, aside: Path) -> None:
+    """Move the old files out and the new ones in; where that fails, back again."""
+    arriving = [path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()]
+    known = filter(lambda name: isinstance(name, str), (_earlier(folder) or {"files": []})["files"])
+    there = {*arriving, *known, *_loadable(path.name for path in folder.glob("*"))}
+    # The manifest stays longest and comes first, so that what a kill leaves here is known to be ours.
+    leaving = sorted((name for name in there if _is_inside(folder, name)), key=_config_first)
+    moves = [(folder / name, aside / name) for name in leaving]
+    moves += [(stage / name, folder / name) for name in sorted(arriving, key=_config_first, reverse=True)]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _config_first(name: str) -> int:
+    return {"config.json": 0, MANIFEST: 2}.get(name, 1)
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a file of this name, which was read from a manifest, is there and lies in the folder."""
+    path = folder / name
+    return path.is_file() and path.parent.resolve().is_relative_to(folder.resolve())
+
+
+# The Hub
+
+
+def _full_name(repo_id: str, how: Push) -> str:
+    """The repository with its owner.
+
+    Raises:
+        ValueError: it is no name of a repository.
+        PermissionError: it has no owner, and nobody is logged in.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
+    if "/" in repo_id:
+        return repo_id
+    try:
+        return f"{HfApi(token=how.token).whoami()['name']}/{repo_id}"
+    except Exception as error:  # of the Hub's client or the network
+        raise PermissionError(
+            f"whose is {repo_id}? give it as user/{repo_id}, or log in by hf auth login ({error})"
+        ) from error
+
+
+class _Upload:
+    """One commit to a repository of the Hub, or nothing."""
+
+    def __init__(self, repo: str, how: Push):
+        from huggingface_hub import HfApi
+
+        self.repo = repo
+        self.how = how
+        self.api: HfApi = HfApi(token=how.token)
+        #: What this upload has made, and takes away again if it fails.
+        self.new_repo = self.new_branch = False
+
+    def commit(self, folder: Path, message: str) -> CommitInfo:
+        """Commit the files of a folder, all together.
+
+        Raises:
+            PermissionError: the account may not.
+            OSError: the Hub or the way to it failed.
+            ValueError: a repository that is to be private is public.
+        """
+        try:
+            self._open()
+            return self.api.create_commit(
+                self.repo,
+                self._operations(folder),
+                commit_message=message,
+                revision=self.how.revision,
+                create_pr=self.how.create_pr,
+            )
+        except BaseException as error:
+            left = self._undone()
+            if isinstance(error, ValueError) or not isinstance(error, Exception):
+                raise
+            if _status(error) in (401, 403):
+                raise PermissionError(
+                    f"no right to write to {self.repo} on the Hub (status {_status(error)}): log in by hf auth login, "
+                    f"pass the token= of an account that may, or push to a repository of your own; {left}"
+                ) from error
+            raise OSError(f"{self.repo} could not be pushed: {' '.join(str(error).split())}; {left}") from error
+
+    def _open(self) -> None:
+        """Have a repository and a branch to commit to."""
+        create = functools.partial(self.api.create_repo, self.repo, private=self.how.private)
+        self.new_repo = _makes(create)
+        if self.how.private and not self.new_repo and not self.api.repo_info(self.repo).private:
+            raise ValueError(
+                f"{self.repo} is there already and public: make it private in its settings, or push elsewhere"
+            )
+        if self.how.revision is not None and not self.how.revision.startswith("refs/"):
+            self.new_branch = _makes(functools.partial(self.api.create_branch, self.repo, branch=self.how.revision))
+
+    def _operations(self, folder: Path) -> list[Any]:
+        """Every file there, and the weights of an earlier model that would be loaded instead."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        there: Collection[str] = (
+            () if self.new_repo else self.api.list_repo_files(self.repo, revision=self.how.revision)
+        )
+        stale = [name for name in _loadable(there) if name not in files]
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+        return [*added, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
+
+    def _undone(self) -> str:
+        """Take away again what this upload has made; in words, what is left."""
+        try:
+            if self.new_repo:
+                if set(self.api.list_repo_files(self.repo)) - {".gitattributes"}:
+                    return "the repository was made and has files in it: look whether the commit came through"
+                self.api.delete_repo(self.repo)
+            elif self.new_branch:
+                self.api.delete_branch(self.repo, branch=str(self.how.revision))
+        except Exception as error:  # of the Hub's client or the network
+            log.debug("%s could not be taken away again: %s", self.repo, error)
+            what = "repository" if self.new_repo else f"branch {self.how.revision}"
+            return f"the new {what} could not be deleted again: do so in its settings"
+        return "nothing was left there"
+
+
+def _makes(create: Callable[..., object]) -> bool:
+    """Whether this made it; False where it was there already."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        create(exist_ok=False)
+    except HfHubHTTPError:
+        create(exist_ok=True)  # knows which answers mean that it is there, and raises the others
+        return False
+    return True
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The status with which the Hub refused, in an error or its cause."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return response.status_code
+        error = error.__cause__ or error.__context__
+    return None

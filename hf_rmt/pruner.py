@@ -1,0 +1,283 @@
+"""``SVDPruner``: takes parts of the spectrum out of a model, and puts them back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_rmt.analyzer import RMTAnalyzer
+from hf_rmt.config import AnalysisConfig
+from hf_rmt.models.matrices import select
+from hf_rmt.run import EigenbasisPool
+from hf_rmt.surgery import description
+from hf_rmt.surgery.editor import Edit, Editor
+from hf_rmt.surgery.factors import FactorStore
+from hf_rmt.surgery.originals import Originals
+from hf_rmt.theory.selection import Selection
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from huggingface_hub import CommitInfo
+    from torch import nn
+
+    from hf_rmt.config import SweepConfig
+    from hf_rmt.reports.covariances import ActivationCovariances
+    from hf_rmt.reports.sweep import SweepTable
+
+
+class SVDPruner:
+    """Removes singular components of a model's weight matrices, in place and reversibly (paper Eq. 9).
+
+    Each matrix is factored once, when it is first needed. Edits compose: an edited weight is always made from
+    the original and the union of all that is removed. Shapes and dtypes stay, so the model saves and loads as
+    any other.
+
+    Args:
+        model: any ``PreTrainedModel`` or ``nn.Module`` with its weights in memory, offloaded or sharded; it is
+            changed in place.
+        folder: keep the factors in memory-mapped files there, which a later pruner of the same weights uses, and
+            the originals of what is edited; None keeps both in memory.
+        covariances: of the activations, from ``RMTAnalyzer.collect``, for selections by overlap.
+        embeddings, head: work on these too, as for ``RMTAnalyzer``.
+        config: where and how many matrices at a time are factored, and the null of p-values; see
+            ``AnalysisConfig``.
+        **options: single settings, as ``workers=2``; they win over ``config``.
+
+    Raises:
+        TypeError: not a model, or an unknown setting.
+        ValueError: the model has no matrix, or the covariances are of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        folder: str | Path | None = None,
+        covariances: ActivationCovariances | None = None,
+        embeddings: bool = False,
+        head: bool = False,
+        config: AnalysisConfig | None = None,
+        **options: Any,
+    ):
+        analyzer = RMTAnalyzer(model, embeddings=embeddings, head=head)
+        self.model = model
+        self.origin = analyzer.origin
+        self.matrices = analyzer.matrices
+        settings = AnalysisConfig.of(config, options)
+        place = None if folder is None else Path(folder)
+        bases = None if covariances is None else EigenbasisPool(covariances, self.matrices).of
+        store = FactorStore(self.matrices, settings, place, bases)
+        self.editor = Editor(self.matrices, store, Originals(place))
+
+    def __repr__(self) -> str:
+        edits = "; ".join(map(str, self.edits)) or "nothing"
+        return f"SVDPruner({self.origin['model']!r}, {len(self.matrices)} matrices, removed: {edits})"
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The removals in place, in the order in which they were made."""
+        return self.editor.edits
+
+    def remove(
+        self,
+        selection: Selection | None = None,
+        *,
+        keep: Selection | None = None,
+        roles: str | Collection[str] | None = None,
+        blocks: int | Collection[int] | None = None,
+    ) -> Edit:
+        """Remove singular components from some matrices, in place.
+
+        Args:
+            selection: what to remove.
+            keep: instead of ``selection``: remove all but this.
+            roles: roles or names, as they are or as fnmatch patterns; None or ``"all"`` for every matrix,
+                embeddings and heads only if the pruner works on these.
+            blocks: block numbers; None for all.
+
+        Returns:
+            The edit, to be undone by ``undo``. Its ``empty`` and ``whole`` name matrices of which nothing or
+            everything was selected, which is allowed.
+
+        Raises:
+            ValueError: nothing matches roles and blocks; a weight cannot be written or was changed behind the
+                pruner's back; it holds NaN; it has fewer components than asked for. The model is then unchanged.
+            TypeError: not exactly one selection.
+        """
+        chosen = _one_of(selection, keep)
+        indices = self._chosen(roles, blocks)
+        names, numbers = _as_tuple(_every(roles)), _as_tuple(blocks)
+        return self.editor.add(chosen, indices, names, numbers if numbers is None else tuple(map(int, numbers)))
+
+    @contextlib.contextmanager
+    def removed(
+        self,
+        selection: Selection | None = None,
+        *,
+        keep: Selection | None = None,
+        roles: str | Collection[str] | None = None,
+        blocks: int | Collection[int] | None = None,
+    ) -> Iterator[Edit]:
+        """The same for a while: on leaving the weights are back to the bit, also after an exception.
+
+        Arguments and errors as for ``remove``.
+        """
+        edit = self.remove(selection, keep=keep, roles=roles, blocks=blocks)
+        try:
+            yield edit
+        finally:
+            if any(edit is known for known in self.edits):  # the body may have undone it
+                self.undo(edit)
+
+    def undo(self, edit: Edit) -> None:
+        """Undo one edit; the others stay.
+
+        Raises:
+            ValueError: it is not in place, or its weights were changed since.
+        """
+        self.editor.drop([edit])
+
+    def restore(self, *, discard_changes: bool = False) -> None:
+        """Undo all edits: every weight is back to the bit.
+
+        Args:
+            discard_changes: also where edited weights were changed since, as by training.
+
+        Raises:
+            ValueError: they were, and ``discard_changes`` is not given.
+        """
+        self.editor.drop(self.edits, discard_changes)
+
+    def affected(self) -> pd.DataFrame:
+        """What the edits in place have taken from each matrix that they touch.
+
+        Returns:
+            A row a matrix: ``name role block removed of mass energy parameters``; ``removed`` of ``of``
+            components, their share of the sum of singular values and of the sum of squares, and the number of
+            entries of the matrix.
+        """
+        return description.affected(self.editor)
+
+    def sweep(
+        self,
+        evaluate: Any,
+        *,
+        folder: str | Path | None = None,
+        config: SweepConfig | None = None,
+        **options: Any,
+    ) -> SweepTable:
+        """Remove one part of the spectrum after the other, score the model, put it back (paper Fig. 7, 8, 11).
+
+        Edits in place stay, and are part of the baseline. Over several processes each takes its share of the cells
+        and all get the same table.
+
+        Args:
+            evaluate: a function of the model that returns a number or a dict of numbers, as
+                ``hf_rmt.evaluation.Accuracy(rows)``, which gives every row's part too; or a Trainer of the same
+                model; or the ``compute`` of an Evaluator with its data, by ``functools.partial``.
+            folder: cells are written here as they are measured, and the table at the end; started again with the
+                same folder, a sweep that was killed goes on.
+            config: the grid; see ``SweepConfig``.
+            **options: single settings, as ``deciles=range(1, 11)``, ``roles="each"`` or ``controls=1``; they win.
+
+        Raises:
+            ValueError: as ``remove``; also a model that does not beat the largest class, and a folder of another
+                sweep.
+            TypeError: ``evaluate`` scores no model, or an unknown setting.
+            Exception: whatever ``evaluate`` raises; the model is back to the bit then, and finished cells are kept.
+        """
+        from hf_rmt.config import SweepConfig
+        from hf_rmt.sweeping import SweepRun
+
+        run = SweepRun(self, evaluate, SweepConfig.of(config, options))
+        return run.table() if folder is None else run.in_folder(Path(folder))
+
+    def save_pretrained(
+        self, folder: str | Path, *, tokenizer: Any = None, metrics: Any = None, overwrite: bool = False
+    ) -> Path:
+        """Write the model as it is now, its tokenizer, a model card and a report of what was removed.
+
+        The weights are dense and load with transformers alone. All is written or nothing. Over several processes
+        all must call, and the first writes. The model keeps the tags that it has; those of the card are its own.
+
+        Args:
+            folder: made if it does not exist. An earlier result from the same original is replaced; other files stay.
+            tokenizer: or processor; None takes what the model came with.
+            metrics: scores for the card: a ``SweepTable`` with the cells of what is in place, or a dict of
+                ``before`` and ``after``, each a dict of numbers, and perhaps the Hub id of the ``dataset``.
+            overwrite: replace the model that the folder holds, whatever it is.
+
+        Returns:
+            The folder; ``hf_rmt.json`` there has the edits, whose selections ``parse_selection`` reads, and the table
+            of ``affected``, which is also in ``hf_rmt.csv``.
+
+        Raises:
+            ValueError: the folder holds another model; the model cannot be saved (not of transformers, with
+                adapters); a sweep without the cells.
+            TypeError: metrics that are no numbers, or no tokenizer.
+            OSError: the folder cannot be written.
+        """
+        from hf_rmt import hub
+
+        return hub.save(self, folder, tokenizer=tokenizer, metrics=metrics, overwrite=overwrite)
+
+    def push_to_hub(  # noqa: PLR0913
+        self,
+        repo_id: str,
+        *,
+        tokenizer: Any = None,
+        metrics: Any = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Put the same on the Hub, in one commit; files of an earlier model that would be loaded instead go.
+
+        Args:
+            repo_id: ``user/name``; made if it does not exist, and taken away again if the commit fails.
+            tokenizer, metrics: as for ``save_pretrained``.
+            private: whether a new repository is; None for what is usual there.
+            revision: branch, made if it does not exist; None for the main one.
+            token: of the account; None for the one that is logged in.
+            commit_message: None for one that says what was removed.
+            create_pr: open a pull request instead.
+
+        Raises:
+            PermissionError: the account may not write there; nothing was pushed.
+            OSError: the Hub, or the way to it, failed; the message says what is left there.
+            ValueError, TypeError: as ``save_pretrained``; also no name of a repository, or one that is to be
+                private and is public.
+        """
+        from hf_rmt import hub
+
+        how = hub.Push(
+            private=private, revision=revision, token=token, commit_message=commit_message, create_pr=create_pr
+        )
+        return hub.push(self, repo_id, tokenizer=tokenizer, metrics=metrics, how=how)
+
+    def _chosen(self, roles: str | Collection[str] | None, blocks: int | Collection[int] | None) -> list[int]:
+        return [self.editor.index[matrix.name] for matrix in select(self.matrices, _every(roles), blocks)]
+
+
+def _one_of(selection: Selection | None, keep: Selection | None) -> Selection:
+    """What is to be removed."""
+    if (selection is None) == (keep is None):
+        raise TypeError("give one of a selection to remove and keep=, a selection to keep")
+    chosen = keep if selection is None else selection
+    if not isinstance(chosen, Selection):
+        raise TypeError(f"{chosen!r} is no selection, as Decile(10) is one; parse_selection reads its name")
+    return ~chosen if selection is None else chosen
+
+
+def _every(roles: str | Collection[str] | None) -> str | Collection[str] | None:
+    return None if roles == "all" else roles
+
+
+def _as_tuple(values: Any) -> Any:
+    if values is None:
+        return None
+    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)

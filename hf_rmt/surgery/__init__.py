@@ -1,0 +1,1 @@
+"""Changing the matrices of a model, so that it can be undone."""

@@ -1,0 +1,200 @@
+"""The factors of a model's matrices, computed once: in memory, or memory-mapped from a folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import torch
+
+from hf_rmt.analysis import Bases
+from hf_rmt.config import AnalysisConfig
+from hf_rmt.models.digests import digest_of, text_digest
+from hf_rmt.models.matrices import WeightMatrix
+from hf_rmt.reports.store import save_tensors
+from hf_rmt.run import matrices_at_a_time, matrix_by_matrix
+from hf_rmt.theory.covariance import Overlap, overlap
+from hf_rmt.theory.decomposition import SVDFactors, as_float, svd
+from hf_rmt.theory.ks_null import MonteCarloNull
+from hf_rmt.theory.selection import Side
+from hf_rmt.theory.singular_vectors import VectorTest, test_vectors
+from hf_rmt.theory.statistics import entry_std_of
+
+log = logging.getLogger(__name__)
+
+BasesOf = Callable[[WeightMatrix, torch.Tensor], Bases]
+
+
+class FactoredMatrix:
+    """One matrix with its factors: the ``Components`` that selections look at.
+
+    Attributes:
+        factors: in float32, or float64 for a float64 weight.
+        digest: of the weight that was factored.
+    """
+
+    def __init__(self, matrix: WeightMatrix, factors: SVDFactors, entry_std: float, digest: str):
+        self.name = matrix.name
+        self.shape = matrix.shape
+        self.factors = factors
+        self.entry_std = entry_std
+        self.digest = digest
+        self.null: MonteCarloNull | None = None
+        self.overlaps: dict[Side, Overlap] | None = None
+        self._tests: dict[Side, VectorTest] = {}
+
+    @property
+    def s(self) -> torch.Tensor:
+        """``(p,)`` singular values, float64, on the CPU."""
+        return self.factors.s
+
+    def vectors(self, side: Side) -> torch.Tensor:
+        """Singular vectors of one side, one a row."""
+        return self.factors.vh if side == "right" else self.factors.u.mT
+
+    def test(self, side: Side) -> VectorTest:
+        """The test of the vectors of one side, made when it is first asked for."""
+        if side not in self._tests:
+            self._tests[side] = test_vectors(self.vectors(side), self.factors.testable(), self.null)
+        return self._tests[side]
+
+    def overlap(self, side: Side) -> Overlap:
+        """Overlap of the vectors of one side with the activations.
+
+        Raises:
+            ValueError: there are no covariances, or none of this matrix and side.
+        """
+        if self.overlaps is None:
+            raise ValueError(
+                f"{self.name}: overlaps need the activations: "
+                "SVDPruner(model, covariances=RMTAnalyzer(model).collect(data))"
+            )
+        if side not in self.overlaps:
+            what = "inputs" if side == "right" else "outputs (collect with outputs=True)"
+            raise ValueError(f"{self.name}: the covariances have none of its {what}")
+        return self.overlaps[side]
+
+
+class FactorStore:
+    """Factors each matrix when it is first asked for, and never again.
+
+    Args:
+        matrices: all that may be asked for.
+        config: where and how many at a time; the null of the p-values.
+        folder: keep the factors there, one file a matrix, memory-mapped; None for memory.
+        bases_of: eigenbases of the activations around a matrix; None where none were collected.
+    """
+
+    def __init__(
+        self, matrices: list[WeightMatrix], config: AnalysisConfig, folder: Path | None, bases_of: BasesOf | None
+    ):
+        self.matrices = matrices
+        self.config = config
+        self.folder = folder
+        self.bases_of = bases_of
+        self.known: dict[int, FactoredMatrix] = {}
+
+    def __getitem__(self, index: int) -> FactoredMatrix:
+        return self.known[index]
+
+    def prepare(self, indices: Collection[int]) -> None:
+        """Factor those of these matrices that are not factored yet; their weights must be the originals.
+
+        Raises:
+            ValueError: NaN or Inf entries, or a weight that cannot be read; the message names the matrix.
+        """
+        missing = [index for index in indices if index not in self.known]
+        if not missing:
+            return
+        chosen = [self.matrices[index] for index in missing]
+        workers = matrices_at_a_time(chosen, self.config)
+        for index, factored in matrix_by_matrix(
+            chosen, range(len(chosen)), lambda i: self._factored(chosen[i]), workers, self.config.progress
+        ):
+            self.known[missing[index]] = factored
+
+    def _factored(self, matrix: WeightMatrix) -> FactoredMatrix:
+        weight = matrix.read()
+        digest = digest_of(weight)
+        found = self._loaded(matrix, weight, digest) or self._computed(matrix, weight, digest)
+        if self.config.null_draws:
+            found.null = MonteCarloNull(self.config.null_draws, self.config.seed)
+        if self.bases_of is not None:
+            bases = self.bases_of(matrix, weight)
+            known = found.factors.testable()
+            sides: dict[Side, object] = {"right": bases.right, "left": bases.left}
+            found.overlaps = {
+                side: overlap(found.vectors(side), basis, known)  # type: ignore[arg-type]
+                for side, basis in sides.items()
+                if basis is not None
+            }
+        return found
+
+    def _computed(self, matrix: WeightMatrix, weight: torch.Tensor, digest: str) -> FactoredMatrix:
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        try:
+            factors = svd(weight if self.config.device is None else weight.to(self.config.device), dtype)
+        except ValueError as error:
+            raise ValueError(f"{matrix.name}: {error}; repair the weights, or leave it out by its role") from error
+        factors = SVDFactors(factors.u, factors.s.cpu(), factors.vh, factors.route)
+        found = FactoredMatrix(matrix, factors, entry_std_of(as_float(weight), factors.s), digest)
+        if self.folder is None:
+            return found
+        self._save(matrix, weight, found)
+        # What was computed is let go, and the file takes its place in memory only as it is used.
+        return self._loaded(matrix, weight, digest) or found
+
+    def _path(self, matrix: WeightMatrix) -> Path:
+        assert self.folder is not None
+        return self.folder / "factors" / f"{matrix.name}.safetensors"
+
+    def _save(self, matrix: WeightMatrix, weight: torch.Tensor, found: FactoredMatrix) -> None:
+        path = self._path(matrix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        factors = found.factors
+        tensors = {"ut": factors.u.mT.cpu(), "s": factors.s, "vh": factors.vh.cpu()}
+        described = {
+            "weight": _made_of(weight, found.digest),
+            "entry_std": repr(found.entry_std),
+            "route": factors.route,
+        }
+        described["content"] = _content(tensors, described)
+        with tempfile.TemporaryDirectory(prefix="incoming-", dir=path.parent) as own:  # others may write the same
+            save_tensors(Path(own) / path.name, tensors, described)
+            os.replace(Path(own) / path.name, path)
+
+    def _loaded(self, matrix: WeightMatrix, weight: torch.Tensor, digest: str) -> FactoredMatrix | None:
+        """The factors that a file has, if they are those of this weight."""
+        if self.folder is None or not self._path(matrix).is_file():
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path(matrix), framework="pt") as file:
+                described = file.metadata() or {}
+                if described.get("weight") != _made_of(weight, digest):
+                    log.info("%s was made of other weights; they are factored anew", self._path(matrix))
+                    return None
+                tensors = {key: file.get_tensor(key) for key in ("ut", "s", "vh")}
+            if described.pop("content") != _content(tensors, described):
+                raise ValueError("it is not what was written")
+            factors = SVDFactors(tensors["ut"].mT, tensors["s"], tensors["vh"], described["route"])
+            entry_std = float(described["entry_std"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            log.warning("%s is damaged (%s); the matrix is factored anew", self._path(matrix), error)
+            return None
+        return FactoredMatrix(matrix, factors, entry_std, digest)
+
+
+def _made_of(weight: torch.Tensor, digest: str) -> str:
+    """What a weight is known by in a file: zeros have the same bits in any shape and dtype."""
+    return f"{digest} {weight.dtype} {tuple(weight.shape)}"
+
+
+def _content(tensors: Mapping[str, torch.Tensor], described: Mapping[str, str]) -> str:
+    """Hash of all that a file holds: the smallest vectors could be lost, and the product would hardly show it."""
+    shapes = {key: [*tensor.shape, str(tensor.dtype)] for key, tensor in tensors.items()}
+    return text_digest([{key: digest_of(tensor) for key, tensor in tensors.items()}, shapes, described])
