@@ -12,11 +12,29 @@ _PUBLIC = {
     "ActivationCovariances": "hf_rmt.reports.covariances",
     "AnalysisConfig": "hf_rmt.config",
     "AnalysisReport": "hf_rmt.reports.report",
+    "Bottom": "hf_rmt.theory.selection",
+    "Bulk": "hf_rmt.theory.selection",
     "CollectConfig": "hf_rmt.config",
+    "Decile": "hf_rmt.theory.selection",
+    "Group": "hf_rmt.theory.selection",
     "MarchenkoPastur": "hf_rmt.theory.marchenko_pastur",
+    "Mass": "hf_rmt.theory.selection",
     "ModelComparison": "hf_rmt.reports.comparison",
+    "Outliers": "hf_rmt.theory.selection",
+    "Overlapping": "hf_rmt.theory.selection",
+    "PruningCallback": "hf_rmt.pruning_callback",
     "RMTAnalyzer": "hf_rmt.analyzer",
     "RMTCallback": "hf_rmt.callbacks",
+    "Random": "hf_rmt.theory.selection",
+    "Rank": "hf_rmt.theory.selection",
+    "SVDPruner": "hf_rmt.pruner",
+    "ScaledSoftmaxLoss": "hf_rmt.theory.lazy",
+    "Significant": "hf_rmt.theory.selection",
+    "SweepConfig": "hf_rmt.config",
+    "SweepTable": "hf_rmt.reports.sweep",
+    "Top": "hf_rmt.theory.selection",
+    "before_and_after": "hf_rmt.protocol",
+    "parse_selection": "hf_rmt.theory.selection_names",
     "text_batches": "hf_rmt.models.text",
 }
 
@@ -24,24 +42,61 @@ __all__ = [
     "ActivationCovariances",
     "AnalysisConfig",
     "AnalysisReport",
+    "Bottom",
+    "Bulk",
     "CollectConfig",
+    "Decile",
+    "Group",
     "MarchenkoPastur",
+    "Mass",
     "ModelComparison",
+    "Outliers",
+    "Overlapping",
+    "PruningCallback",
     "RMTAnalyzer",
     "RMTCallback",
+    "Random",
+    "Rank",
+    "SVDPruner",
+    "ScaledSoftmaxLoss",
+    "Significant",
+    "SweepConfig",
+    "SweepTable",
+    "Top",
     "__version__",
+    "before_and_after",
+    "parse_selection",
     "text_batches",
 ]
 
 if TYPE_CHECKING:
     from hf_rmt.analyzer import RMTAnalyzer
     from hf_rmt.callbacks import RMTCallback
-    from hf_rmt.config import AnalysisConfig, CollectConfig
+    from hf_rmt.config import AnalysisConfig, CollectConfig, SweepConfig
     from hf_rmt.models.text import text_batches
+    from hf_rmt.protocol import before_and_after
+    from hf_rmt.pruner import SVDPruner
+    from hf_rmt.pruning_callback import PruningCallback
     from hf_rmt.reports.comparison import ModelComparison
     from hf_rmt.reports.covariances import ActivationCovariances
     from hf_rmt.reports.report import AnalysisReport
+    from hf_rmt.reports.sweep import SweepTable
+    from hf_rmt.theory.lazy import ScaledSoftmaxLoss
     from hf_rmt.theory.marchenko_pastur import MarchenkoPastur
+    from hf_rmt.theory.selection import (
+        Bottom,
+        Bulk,
+        Decile,
+        Group,
+        Mass,
+        Outliers,
+        Overlapping,
+        Random,
+        Rank,
+        Significant,
+        Top,
+    )
+    from hf_rmt.theory.selection_names import parse_selection
 
 
 def __getattr__(name: str) -> Any:

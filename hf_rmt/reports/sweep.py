@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -42,11 +42,14 @@ REMOVED = (
 )
 #: What the drop of a score is held against.
 QUANTITIES = REMOVED[-4:]
+#: Selections whose numbers of components differ by no more than this share have one random control.
+SAME_SIZE = 0.05
 _COLUMNS = ("selection", "role", "block", "seed", "metric", "score", "baseline", "change", "order", "control")
 #: Ends of the names of metrics that rise when a model gets worse.
 _LOWER_IS_BETTER = ("loss", "perplexity")
 
 Key = tuple[str, str, int | None, str, int]
+Place = tuple[str, str, int | None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,7 +62,8 @@ class Cell:
         block: from which block, None for all.
         seed: which of several fine-tuned models.
         order: ``"before"`` or ``"after"`` fine-tuning, where a sweep asks for both; empty for a baseline.
-        control: for a random control, the selection it is a control for; else empty.
+        control: for a random control, the selection that it was drawn for; it is one for all of about that size
+            (``SAME_SIZE``) too. Else empty.
         scores: metric to score.
         rows: metric to what each evaluation row contributed, where that is known.
         chance: metric to the score of a model that knows nothing, where there is one.
@@ -80,7 +84,12 @@ class Cell:
     @property
     def key(self) -> Key:
         """What tells it from the other cells of a table."""
-        return (self.order, self.role, self.block, self.selection, self.seed)
+        return (*self.place, self.selection, self.seed)
+
+    @property
+    def place(self) -> Place:
+        """Where, and in which order, something was removed."""
+        return (self.order, self.role, self.block)
 
     @property
     def empty(self) -> bool:
@@ -178,8 +187,8 @@ class SweepTable:
 
         ``change`` is score minus baseline of the same seed. ``order`` and ``control`` are those of ``Cell``;
         after them come, of the components removed, their number ``components`` out of ``of``, in how many
-        ``matrices``, their ``mass`` (share of the sum of s^2), and the means over them of the p-values and
-        overlaps of their vectors; last the score of ``chance``.
+        ``matrices``, their ``mass`` (share of the sum of the singular values of a matrix, mean over the matrices),
+        and the means over them of the p-values and overlaps of their vectors; last the score of ``chance``.
         """
         import pandas as pd
 
@@ -205,9 +214,9 @@ class SweepTable:
         else ``drop`` where the model got worse and ``gain`` where it got better (a loss or a
         perplexity is worse when it rises), and ``empty`` where the selection chose nothing.
 
-        A random control has a row of its own; ``control`` names the selection that it is a control for. The
-        row of that selection has its change minus the mean change of the controls in
-        ``over_control``, with the error of that difference in ``over_control_error``.
+        A random control has a row of its own; ``control`` names the selection that it was drawn for. That selection,
+        and every other in the same place that has as many components to 5 %, has its change minus the mean
+        change of the controls in ``over_control``, with the error of that difference in ``over_control_error``.
 
         Args:
             metric: which score; by default the first of ``metrics``.
@@ -219,18 +228,18 @@ class SweepTable:
 
         metric = self.main_metric(metric)
         evidence = _Evidence(self, metric)
-        controls = _grouped((cell for cell in evidence.cells if cell.control), "control")
-        removals = _grouped((cell for cell in evidence.cells if cell.selection != NONE), "selection")
-        rows = [self._summary_row(metric, evidence, cells, controls.get(key, [])) for key, cells in removals.items()]
+        removed = (cell for cell in evidence.cells if cell.selection != NONE)
+        seeds = _grouped(removed, lambda cell: (cell.place, cell.selection)).values()
+        rows = [self._summary_row(metric, evidence, cells) for cells in seeds]
         texts = ["order", "role", "block", "selection", "control", "metric"]
         change = ["score", "baseline", "change", "spread", "seeds", "low", "high", "error"]
         numbers = ["over_control", "over_control_error", *REMOVED]
         table = pd.DataFrame(rows, columns=[*texts, *change, "verdict", *numbers])
         return table.astype({**dict.fromkeys([*change, *numbers], "float64"), "block": "Int64", "seeds": "int64"})
 
-    def _summary_row(self, metric: str, evidence: _Evidence, cells: list[Cell], controls: list[Cell]) -> dict[str, Any]:
+    def _summary_row(self, metric: str, evidence: _Evidence, cells: list[Cell]) -> dict[str, Any]:
         """The row of one removal, whose cells are those of its seeds."""
-        change, over = evidence.change(cells), evidence.over_controls(cells, controls)
+        change, over = evidence.change(cells), evidence.over_controls(cells)
         verdict = "empty" if all(cell.empty for cell in cells) else _verdict(change, self.lower_is_better(metric))
         labels = {key: getattr(cells[0], key) for key in ("order", "role", "block", "selection", "control")}
         return {
@@ -372,6 +381,11 @@ class SweepTable:
         return sweep_plots.draw_all(self, Path(folder), metric)
 
 
+def of_same_size(components: float, control: float) -> bool:
+    """Whether a random control of so many components is one for a selection of so many."""
+    return abs(components - control) <= SAME_SIZE * control
+
+
 def decile_of(selection: str) -> int | None:
     """Which decile a selection is, by its name; None if it is another."""
     found = re.fullmatch(r"decile:(\d+)", selection)
@@ -386,6 +400,7 @@ class _Evidence:
         self.cells = [c for c in table if metric in c.scores and metric in table.baseline(c).scores]
         self._position = {cell.key: index for index, cell in enumerate(self.cells)}
         self._baseline = {cell.key: self._position[table.baseline(cell).key] for cell in self.cells}
+        self._controls = _grouped((cell for cell in self.cells if cell.control), lambda cell: (cell.place, cell.seed))
         self._scores = torch.tensor([cell.scores[metric] for cell in self.cells], dtype=torch.float64)
         rows = [cell.rows[metric] for cell in self.cells if metric in cell.rows]
         self._has_rows = 0 < len(rows) == len(self.cells)
@@ -397,14 +412,20 @@ class _Evidence:
         """The change of these cells, one a seed, from the baselines."""
         return self._compare([(self._position[cell.key], [self._baseline[cell.key]]) for cell in cells])
 
-    def over_controls(self, cells: Sequence[Cell], controls: Sequence[Cell]) -> Change | None:
-        """The same from the mean of the controls, over the seeds that have both; None if none has."""
-        of_seed = {
-            cell.seed: [self._position[control.key] for control in controls if control.seed == cell.seed]
-            for cell in cells
-        }
-        pairs = [(self._position[cell.key], of_seed[cell.seed]) for cell in cells if of_seed[cell.seed]]
+    def over_controls(self, cells: Sequence[Cell]) -> Change | None:
+        """The same from the mean of their controls, over the seeds that have any; None if none has."""
+        pairs = [(self._position[cell.key], self._controls_of(cell)) for cell in cells if not cell.control]
+        pairs = [(one, controls) for one, controls in pairs if controls]
         return self._compare(pairs) if pairs else None
+
+    def _controls_of(self, cell: Cell) -> list[int]:
+        """Positions of the controls of a cell, in its place and of its seed: drawn for it, or of its size."""
+        size = cell.removed.get("components", math.nan)
+        return [
+            self._position[control.key]
+            for control in self._controls.get((cell.place, cell.seed), [])
+            if control.control == cell.selection or of_same_size(size, control.removed.get("components", math.nan))
+        ]
 
     def _compare(self, pairs: list[tuple[int, list[int]]]) -> Change:
         """One evaluation a seed against the mean of others of that seed, all by their positions."""
@@ -431,11 +452,11 @@ def _correlations(means: pd.DataFrame) -> Iterator[tuple[str, dict[str, float]]]
         yield quantity, asdict(rank_correlation(means["drop"].tolist(), means[quantity].tolist(), strata))
 
 
-def _grouped(cells: Iterable[Cell], name: str) -> dict[tuple[Any, ...], list[Cell]]:
-    """Cells by order, role, block, and the attribute of this name: the seeds of each."""
+def _grouped(cells: Iterable[Cell], key: Callable[[Cell], tuple[Any, ...]]) -> dict[tuple[Any, ...], list[Cell]]:
+    """Cells by what they share."""
     found: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.order, cell.role, cell.block, getattr(cell, name)), []).append(cell)
+        found.setdefault(key(cell), []).append(cell)
     return found
 
 

@@ -25,6 +25,8 @@ BENCHMARKS = {
     "collect_cost": "collect_cost",
     "collect_processes": "collect_processes",
     "callback_cost": "callback_cost",
+    "sweep_cost": "sweep_cost",
+    "sweep_memory": "sweep_memory",
 }
 
 

@@ -39,12 +39,11 @@ def cells_of(seed: int, roles: tuple[str, ...] = ("query", "intermediate")) -> l
     found = [cell("none", 0.8, seed=seed, chance={"accuracy": 0.6})]
     for role in roles:
         for decile, level in levels.items():
-            removed = {"components": 6.0, "of": 64.0, "matrices": 2.0, "mass": 0.2 / decile, "p_right": level - 0.3}
+            size = {"components": 10.0 * decile}  # no two of a size, so that each has its own control
+            removed = size | {"of": 640.0, "matrices": 2.0, "mass": 0.2 / decile, "p_right": level - 0.3}
             found.append(cell(f"decile:{decile}", level, role=role, seed=seed, removed=removed))
             name = f"random:0(decile:{decile})"
-            found.append(
-                cell(name, 0.79, role=role, seed=seed, control=f"decile:{decile}", removed={"components": 6.0})
-            )
+            found.append(cell(name, 0.79, role=role, seed=seed, control=f"decile:{decile}", removed=size))
     return found
 
 
@@ -123,6 +122,68 @@ def test_controls_have_rows_and_a_difference() -> None:
         for name in ("decile:10", "random:0(decile:10)")
     ]
     assert alone["over_control_error"] == pytest.approx(paired_change(*pairs).error, rel=1e-12)
+
+
+def _in_place(name: str, level: float, components: float, **labels: Any) -> Cell:
+    return cell(name, level, removed={"components": components}, **{"role": "key", "order": "after", **labels})
+
+
+def test_a_control_is_one_for_all_of_its_size_in_its_place() -> None:
+    """Deciles of 384 have 39 components or 38; the bounds are those by which a sweep draws its controls."""
+    like = {"control": "decile:1"}
+    cells = [
+        cell("none", 0.8),
+        _in_place("decile:1", 0.4, 100),
+        _in_place("random:0(decile:1)", 0.78, 100, **like),
+        _in_place("random:1(decile:1)", 0.74, 100, **like),
+        *(_in_place(f"bottom:{size}", 0.6, size) for size in (94, 95, 105, 106)),
+        _in_place("decile:1", 0.45, 100, order="before"),
+        _in_place("decile:1", 0.45, 100, role="query"),
+        _in_place("decile:1", 0.45, 100, block=2),
+        _in_place("rank:9", 0.5, 100, block=3),
+        _in_place("random:0(rank:9)", 0.79, 100, block=3, control="rank:9"),
+    ]
+    named = {(c.block, c.selection): c for c in cells if c.order == "after" and c.role == "key"}
+    controls = [named[None, f"random:{draw}(decile:1)"].scores["accuracy"] for draw in (0, 1)]
+    table = SweepTable(cells, {})
+    summary = table.summary()
+    alone = {"order": "after", "role": "key"}
+    for name in ("decile:1", "bottom:95", "bottom:105"):
+        row = _row(summary[summary["block"].isna()], selection=name, **alone)
+        expected = named[None, name].scores["accuracy"] - np.mean(controls)
+        assert row["over_control"] == pytest.approx(expected, rel=1e-12), name
+        assert row["over_control_error"] > 0
+    with_controls = {*zip([pd.NA] * 3, ("decile:1", "bottom:95", "bottom:105"), strict=True), (3, "rank:9")}
+    found = summary[summary["over_control"].notna()]
+    assert set(zip(found["block"], found["selection"], strict=True)) == with_controls
+    assert len(summary[summary["over_control"].isna()]) == len(cells) - 1 - len(with_controls)
+    in_block = _row(summary[summary["block"] == 3], selection="rank:9")
+    expected = named[3, "rank:9"].scores["accuracy"] - named[3, "random:0(rank:9)"].scores["accuracy"]
+    assert in_block["over_control"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_size_of_a_selection_may_differ_between_seeds() -> None:
+    """What lies outside of the law is another number in each model, and has another control there."""
+    sizes = {0: 100, 1: 80}
+    cells = [cell("none", 0.8, seed=seed) for seed in sizes]
+    for seed, size in sizes.items():
+        cells.append(_in_place("outliers:both", 0.5, size, seed=seed))
+        for like, level in ((100, 0.78), (80, 0.7)):
+            name = f"random:0(bottom:{like})"
+            cells.append(_in_place(name, level, like, control=f"bottom:{like}", seed=seed))
+    scores = {(c.seed, c.selection): c.scores["accuracy"] for c in cells}
+    own = [scores[seed, "outliers:both"] - scores[seed, f"random:0(bottom:{size})"] for seed, size in sizes.items()]
+    row = _row(SweepTable(cells, {}).summary(), selection="outliers:both")
+    assert row["over_control"] == pytest.approx(np.mean(own), rel=1e-12)
+
+
+def test_a_control_is_known_by_its_name_where_sizes_are_not() -> None:
+    cells = [cell("none", 0.8), cell("decile:1", 0.5), cell("decile:2", 0.6)]
+    cells.append(cell("random:0(decile:1)", 0.7, control="decile:1"))
+    summary = SweepTable(cells, {}).summary()
+    found = summary.set_index("selection")["over_control"]
+    assert found["decile:1"] == pytest.approx(cells[1].scores["accuracy"] - cells[3].scores["accuracy"], rel=1e-12)
+    assert found.drop("decile:1").isna().all()
 
 
 def test_controls_of_some_seeds_are_held_against_these() -> None:

@@ -1,0 +1,299 @@
+"""Sweeps: many removals, one after the other, each scored and undone; shared out, kept, resumed after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_rmt.config import SweepConfig
+from hf_rmt.evaluation import Scores
+from hf_rmt.models.digests import digest_of, text_digest
+from hf_rmt.models.live import is_sharded, unwrap
+from hf_rmt.models.matrices import WeightMatrix, select
+from hf_rmt.processes import alone, broadcast, gather, raise_together, rank_and_count
+from hf_rmt.progress import progress_bar
+from hf_rmt.reports import store
+from hf_rmt.reports.sweep import NONE, Cell, SweepTable, of_same_size
+from hf_rmt.run import versions
+from hf_rmt.scoring import Scorer
+from hf_rmt.surgery.description import p_value_profiles, removed_by
+from hf_rmt.theory.selection import Random, Selection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hf_rmt.pruner import SVDPruner
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell that is to be measured; the baseline has no selection."""
+
+    selection: Selection | None = None
+    role: str = "all"
+    block: int | None = None
+    control: str = ""
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where it removes, as the pruner is told."""
+        return {"roles": self.role, "blocks": self.block}
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return NONE if self.selection is None else str(self.selection)
+
+
+class SweepRun:
+    """One sweep over a model.
+
+    Args:
+        pruner: of the model; its edits in place stay and are part of the baseline.
+        evaluate: see ``Scorer``.
+        config: the grid.
+
+    Raises:
+        ValueError: there are no such roles or blocks, or weights cannot be factored.
+        TypeError: ``evaluate`` scores no model.
+    """
+
+    def __init__(self, pruner: SVDPruner, evaluate: Any, config: SweepConfig):
+        self.pruner = pruner
+        self.editor = pruner.editor
+        self.config = config
+        self.scorer = Scorer(evaluate, pruner.model)
+        self.matrices = pruner.matrices
+        self.rank, self.processes = rank_and_count()
+        # Where all processes have to run a model or a Trainer together, all take every cell.
+        self.in_step = self.processes > 1 and (self.scorer.in_step or _runs_together(pruner.model))
+        self.cells = self._planned()
+
+    # The grid
+
+    def _planned(self) -> list[Planned]:
+        """The baseline and every cell, each once."""
+        cells, places = [Planned()], self._places()
+        self._factor(sorted({index for place in places for index in self._indices(*place)}))
+        for role, block in places:
+            sizes: list[int] = []
+            for selection in self.config.chosen():
+                cells.append(Planned(selection, role, block))
+                size = self._size(selection, role, block)
+                if size and not any(of_same_size(size, other) for other in sizes):
+                    sizes.append(size)
+                    draws = [Random(selection, draw) for draw in range(self.config.controls)]
+                    cells += [Planned(draw, role, block, str(selection)) for draw in draws]
+        planned: dict[tuple[str, str, int | None], Planned] = {}
+        for cell in cells:
+            planned.setdefault((cell.name, cell.role, cell.block), cell)
+        return list(planned.values())
+
+    def _factor(self, indices: list[int]) -> None:
+        """Factor what is not factored yet; of several processes that keep factors in a folder, the first writes."""
+        factors = self.editor.store
+        if self.processes > 1 and factors.folder is not None and not is_sharded(unwrap(self.pruner.model)):
+            by_the_first(lambda: factors.prepare(indices))
+        factors.prepare(indices)
+
+    def _places(self) -> list[tuple[str, int | None]]:
+        """Roles and blocks, those pairs of them that have matrices."""
+        roles, blocks = self.config.roles, self.config.blocks
+        if roles == "each":
+            chosen = list(dict.fromkeys(matrix.role for matrix in self.matrices))
+        else:
+            chosen = [roles] if isinstance(roles, str) else list(roles)
+        numbers: Sequence[int | None] = [None]
+        if blocks != "together":
+            known = sorted({matrix.block for matrix in self.matrices if matrix.block is not None})
+            numbers = known if blocks == "each" else [int(block) for block in blocks]
+        for block in numbers:
+            self._of("all", block)
+        every = "each" not in (roles, blocks)  # of what was asked for by name each pair has to be there
+        places = []
+        for role in chosen:
+            there = {None, *(matrix.block for matrix in self._of(role))}
+            places += [(role, block) for block in numbers if every or block in there]
+        if not places:
+            raise ValueError(f"roles={roles!r} and blocks={blocks!r} name no matrices: give some of each")
+        return places
+
+    def _of(self, role: str, block: int | None = None) -> list[WeightMatrix]:
+        return select(self.matrices, None if role == "all" else role, block)
+
+    def _indices(self, role: str, block: int | None) -> list[int]:
+        return [self.editor.index[matrix.name] for matrix in self._of(role, block)]
+
+    def _size(self, selection: Selection, role: str, block: int | None) -> int:
+        """How many components a selection has in the matrices of a place."""
+        factored = [self.editor.store[index] for index in self._indices(role, block)]
+        return sum(int(selection.mask(one).sum()) for one in factored)
+
+    # Measuring
+
+    def table(self) -> SweepTable:
+        """Measure every cell.
+
+        Raises:
+            ValueError: the model does not beat the largest class by the margin.
+        """
+        return self._table(self._measured({}, None))
+
+    def in_folder(self, folder: Path) -> SweepTable:
+        """The same, kept in a folder cell by cell; what an earlier run of the same sweep left there is used.
+
+        Raises:
+            ValueError: also where the folder belongs to another sweep.
+            OSError: it cannot be written.
+        """
+        identity = self.identity()
+        self._refuse_other_processes(identity)
+        if broadcast(store.is_saved(folder, "sweep")):
+            table = SweepTable.load(folder)
+            store.refuse_other(folder, table.settings.get("identity") or {}, identity)
+            return table
+        partial = self._opened(folder, identity)
+        try:
+            earlier = [partial.read(index) for index in range(len(self.cells))] if self.rank == 0 else []
+            found = {index: cell for index, cell in enumerate(broadcast(earlier)) if cell is not None}
+            table = self._table(self._measured(found, partial), identity)
+            by_the_first(lambda: table.save(folder))
+            by_the_first(partial.remove)
+            return table
+        finally:
+            partial.close()
+
+    def _opened(self, folder: Path, identity: dict[str, Any]) -> store.PartialRun:
+        """The folder's unfinished run; the first process makes and locks it."""
+        opened: list[store.PartialRun] = []
+        by_the_first(lambda: opened.append(store.PartialRun(folder, identity, Cell)))
+        return opened[0] if opened else store.PartialRun(folder, identity, Cell, lock=False)
+
+    def _refuse_other_processes(self, identity: dict[str, Any]) -> None:
+        for rank, other in enumerate(gather(identity)):
+            if differing := [key for key, value in identity.items() if other[key] != value]:
+                raise ValueError(
+                    f"process {rank} differs from process {self.rank} in {', '.join(differing)}: give every process "
+                    "the same model and evaluation"
+                )
+
+    def _measured(self, found: dict[int, Cell], partial: store.PartialRun | None) -> dict[int, Cell]:
+        """All cells: the baseline first, the others shared out over the processes."""
+        shown = self.config.progress if self.rank == 0 else False
+        with progress_bar(shown, len(self.cells), len(found)) as advance:
+
+            def measure(indices: list[int]) -> dict[int, Cell]:
+                for index in indices:
+                    advance(f"{self.cells[index].name} of {self.cells[index].role}", 0)
+                measured = self._together(indices, partial)
+                advance("", len(indices))
+                return measured
+
+            if 0 not in found:
+                found = found | measure([0])
+            self._refuse_ignorant(found[0])
+            left = [index for index in range(len(self.cells)) if index not in found]
+            at_a_time = 1 if self.in_step else self.processes
+            for start in range(0, len(left), at_a_time):
+                found = found | measure(left[start : start + at_a_time])
+        return found
+
+    def _together(self, indices: list[int], partial: store.PartialRun | None) -> dict[int, Cell]:
+        """One cell a process, or one that all measure in step; afterwards all know these, and whether to go on."""
+        own, error = {}, None
+        try:
+            for index in indices if self.in_step else indices[self.rank :][:1]:
+                own[index] = self._cell(self.cells[index])
+                if partial is not None and (self.rank == 0 or not self.in_step):
+                    partial.write(index, own[index])
+        except BaseException as caught:
+            error = caught
+        raise_together(error)
+        return {index: cell for one in gather(own) for index, cell in one.items()}
+
+    def _refuse_ignorant(self, baseline: Cell) -> None:
+        """Raise if the model is no better at the main metric than a guess."""
+        metric = next(iter(baseline.scores))
+        score, chance = baseline.scores[metric], baseline.chance.get(metric)
+        if chance is not None and score - chance < self.config.margin:
+            raise ValueError(
+                f"the model scores {score:.4f} in {metric}, and the largest class alone gives {chance:.4f}: a sweep of "
+                f"a model that has not learned the task says nothing (margin={self.config.margin} sets what it has to "
+                "be better by)"
+            )
+
+    def _cell(self, planned: Planned) -> Cell:
+        """Measure one cell."""
+        removed: dict[str, float] = {}
+        with contextlib.nullcontext() if self.in_step else alone():
+            if planned.selection is None:
+                scores = self.scorer()
+            else:
+                with self.pruner.removed(planned.selection, **planned.place) as edit:
+                    scores = self.scorer()
+                removed = removed_by(edit, self.editor)
+        return cell_of(planned, scores, self.config.seed, removed)
+
+    # Results
+
+    def _table(self, cells: dict[int, Cell], identity: dict[str, Any] | None = None) -> SweepTable:
+        settings = self.pruner.origin | {"versions": versions(), "identity": identity}
+        ordered = [cells[index] for index in range(len(self.cells))]
+        return SweepTable(ordered, settings, p_value_profiles(self.editor.store))
+
+    def identity(self) -> dict[str, Any]:
+        """What a folder must have been made for."""
+        return {
+            "weights": weights_digest(self.pruner.model, self.matrices),
+            "cells": text_digest([[cell.name, cell.role, cell.block, cell.control] for cell in self.cells]),
+            "edits": [str(edit) for edit in self.pruner.edits],
+            "evaluation": self.scorer.identity(),
+            "seed": self.config.seed,
+        }
+
+
+def by_the_first(work: Callable[[], object]) -> None:
+    """Something that the first process does alone, and after which all go on; all must call."""
+    error = None
+    if rank_and_count()[0] == 0:
+        try:
+            work()
+        except BaseException as caught:
+            error = caught
+    raise_together(error)
+
+
+def _runs_together(model: nn.Module) -> bool:
+    """Whether a forward pass of a model takes all processes: with its parameters sharded, or in DDP."""
+    wrapped = any(type(module).__name__ == "DistributedDataParallel" for module in model.modules())
+    return wrapped or is_sharded(unwrap(model))
+
+
+def cell_of(planned: Planned, scores: Scores, seed: int, removed: dict[str, float], order: str = "") -> Cell:
+    """A cell of the table from what was planned and measured."""
+    return Cell(
+        selection=planned.name,
+        role=planned.role,
+        block=planned.block,
+        seed=seed,
+        order=order,
+        control=planned.control,
+        scores=dict(scores),
+        rows=scores.rows,
+        chance=scores.chance,
+        removed=removed,
+    )
+
+
+def weights_digest(model: nn.Module, matrices: list[WeightMatrix]) -> str:
+    """Hash of all values of a model: of its matrices wherever they are, and of every other parameter in memory."""
+    read = {matrix.name: digest_of(matrix.read()) for matrix in matrices}
+    own = {matrix.parameter for matrix in matrices}
+    for name, parameter in unwrap(model).named_parameters():
+        if name not in own and parameter.device.type != "meta":
+            whole: Any = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            read[name] = digest_of(whole.detach().reshape(-1))
+    return text_digest(read)
