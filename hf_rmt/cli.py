@@ -272,7 +272,7 @@ def _pruner(model: str, options: dict[str, Any]) -> SVDPruner:
 @click.option("--blocks", type=_BlocksOrEach(), help="Blocks, each by itself: as in 0-3,7, or each; else all at once.")
 @click.option("--controls", default=1, show_default=True, help="Random draws of as many components.")
 @click.option("--seed", default=0, show_default=True, help="Number of the model, where sweeps of several are joined.")
-@click.option("--margin", default=0.03, show_default=True, help="Share by which to beat a guess of the largest class.")
+@click.option("--margin", default=3.0, show_default=True, help="Standard errors by which to beat the largest class.")
 @click.option("--revision", help="Branch, tag or commit of MODEL on the Hub.")
 @click.option("--device", help="Where to run the model, as in cuda:0.")
 @click.option("--workers", type=int, help="Matrices at a time on the CPU.")
@@ -358,7 +358,7 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; the same command with the same --out goes on from here")
+        _fail("interrupted; the same command goes on with what --out holds")
     except (ValueError, TypeError, OSError, ImportError, LookupError, RuntimeError, MemoryError) as error:
         _fail(str(error) or type(error).__name__)
 

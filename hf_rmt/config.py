@@ -137,8 +137,8 @@ class SweepConfig:
         controls: random draws, from the same matrices, of as many components as each selection has; selections
             of one size (to 5 %) share them.
         seed: number of the model, where several are swept that differ in the seed of their fine-tuning.
-        margin: points by which the model has to beat a guess of the largest class, as a share; a sweep of one
-            that has learned nothing says nothing.
+        margin: standard errors by which the model has to beat a guess of the largest class, where its evaluation
+            knows that: a sweep of a model that has not learned the task says nothing.
         progress: show a progress bar; None shows one on a terminal.
     """
 
@@ -148,12 +148,18 @@ class SweepConfig:
     blocks: str | Sequence[int] = "together"
     controls: int = 0
     seed: int = 0
-    margin: float = 0.03
+    margin: float = 3.0
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.deciles is not None:
-            object.__setattr__(self, "deciles", tuple(self.deciles))
+        for name, single in (("deciles", int), ("selections", Selection), ("blocks", int)):
+            value = getattr(self, name)
+            if isinstance(value, single):
+                object.__setattr__(self, name, (value,))
+            elif value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.roles, str):
+            object.__setattr__(self, "roles", tuple(self.roles))
         if isinstance(self.blocks, str) and self.blocks not in ("together", "each"):
             raise ValueError(f"blocks is {self.blocks!r}: give 'together', 'each', or block numbers")
         if self.controls < 0:

@@ -7,7 +7,6 @@ takes a third of the time of batches of 64 rows in their order.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_rmt.models.batches import Batches
-from hf_rmt.models.live import callable_of, is_sharded, unwrap
+from hf_rmt.models.live import callable_of, evaluating, is_sharded, unwrap
 from hf_rmt.processes import gather, raise_together, rank_and_count
 from hf_rmt.theory.inference import Rows
 from hf_rmt.workers import run_longest_first
@@ -385,7 +384,7 @@ def _fill(model: nn.Module, rows: _TokenRows, counts: list[int], read: _Read, vo
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     error: Exception | None = None
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for batch, values in _each(mine, lambda batch: read(_logits(model, rows, batch), batch), workers):
                 found.append((torch.cat([places[i] for i in batch]), values))
     except Exception as raised:
@@ -420,18 +419,6 @@ def _logits(model: nn.Module, rows: _TokenRows, batch: list[int]) -> torch.Tenso
             "AutoModelForSequenceClassification or AutoModelForCausalLM"
         )
     return logits
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module has its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _can_be_shared(model: nn.Module) -> bool:

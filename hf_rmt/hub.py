@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hf_rmt.model_card import MANIFEST, TABLE, PruningRecord, card_of
 from hf_rmt.models.live import is_sharded, unwrap
-from hf_rmt.processes import broadcast, raise_together, rank_and_count
+from hf_rmt.processes import by_the_first
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -41,8 +41,6 @@ _LOADED = (
 )
 #: What image, audio and video models have in place of a tokenizer, or beside it.
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +75,10 @@ def save(
     place = Path(folder).absolute()
     model = _savable(pruner.model)
     record = PruningRecord.of(pruner, metrics)
-    _first(lambda: refuse_another(place, record, overwrite))
+    by_the_first(lambda: refuse_another(place, record, overwrite))
     weights = _gathered(model)
     files = _Files(model, record, weights, tokenizer, place.name)
-    _first(lambda: _into(place, files.write))
+    by_the_first(lambda: _into(place, files.write))
     return place
 
 
@@ -90,7 +88,7 @@ def push(
     """Commit a model as it is now to a repository of the Hub; see ``SVDPruner.push_to_hub``."""
     how = how or Push()
     model = _savable(pruner.model)
-    repo = _first(lambda: _full_name(repo_id, how))
+    repo = by_the_first(lambda: _full_name(repo_id, how))
     record = PruningRecord.of(pruner, metrics)
     files = _Files(model, record, _gathered(model), tokenizer, repo)
 
@@ -99,19 +97,7 @@ def push(
             files.write(Path(place))
             return _Upload(repo, how).commit(Path(place), how.commit_message or _message(record))
 
-    return _first(build_and_upload)
-
-
-def _first(work: Callable[[], T]) -> T:
-    """What the first process does alone; all go on with its result, or its error."""
-    error, result = None, None
-    if rank_and_count()[0] == 0:
-        try:
-            result = work()
-        except BaseException as caught:
-            error = caught
-    raise_together(error)
-    return broadcast(result)
+    return by_the_first(build_and_upload)
 
 
 # What is written

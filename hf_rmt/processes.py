@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
+Result = TypeVar("Result")
 #: Set while this process works by itself, see ``alone``.
 _ALONE = False
 
@@ -68,6 +69,22 @@ def add_up(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.to(torch.accelerator.current_accelerator()) if on_device else tensor.clone()
     distributed.all_reduce(total)
     return total.to(tensor.device)
+
+
+def by_the_first(work: Callable[[], Result]) -> Result:
+    """What the first process does alone; all go on with its result, or its error; all must call.
+
+    Raises:
+        RuntimeError: as ``raise_together``.
+    """
+    error, result = None, None
+    if rank_and_count()[0] == 0:
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+    raise_together(error)
+    return broadcast(result)
 
 
 def raise_together(error: BaseException | None) -> None:

@@ -6,20 +6,21 @@ against the same model fine-tuned whole, seed by seed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_rmt.config import SweepConfig
-from hf_rmt.models.digests import text_digest
-from hf_rmt.processes import broadcast
+from hf_rmt.models.digests import text_digest, value_digest
+from hf_rmt.processes import broadcast, by_the_first, rank_and_count
 from hf_rmt.pruner import SVDPruner
 from hf_rmt.reports import store
 from hf_rmt.reports.sweep import NONE, Cell, SweepTable
 from hf_rmt.scoring import Scorer
 from hf_rmt.surgery.description import removed_by
-from hf_rmt.sweeping import Planned, SweepRun, by_the_first, cell_of, weights_digest
+from hf_rmt.sweeping import Planned, SweepRun, cell_of, weights_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,20 +78,21 @@ _DECISIVE = [
     "seed",
     "data_seed",
     "train_sampling_strategy",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "dataloader_drop_last",
+    "neftune_noise_alpha",
     "bf16",
     "fp16",
 ]
-#: Rows of the training data that are looked at, from its beginning to its end.
-_ROWS_SEEN = 64
 
 
 def training_digest(trainer: Trainer) -> str:
-    """Hash of how a trainer trains: the settings that matter, the length of its data, and some rows of it."""
-    data: Any = trainer.train_dataset
+    """Hash of how a trainer trains: the settings that matter, what it trains, and its data by length and some rows."""
     settings = {name: str(getattr(trainer.args, name, None)) for name in _DECISIVE}
-    count = len(data) if hasattr(data, "__len__") else 0
-    rows = [str(data[index]) for index in range(0, count, max(1, count // _ROWS_SEEN))]
-    return text_digest([settings, count, rows])
+    trained = [name for name, parameter in _model_of(trainer).named_parameters() if parameter.requires_grad]
+    loss = getattr(trainer, "compute_loss_func", None)
+    return value_digest([settings, trained, loss, trainer.train_dataset, rank_and_count()[1]])
 
 
 def _model_of(trainer: Trainer) -> nn.Module:
@@ -121,8 +123,8 @@ def before_and_after(
         seeds: one run of everything each.
         orders: both, or one of them.
         folder: every cell and fine-tuned model is kept here; started again with the same folder, a run that was
-            killed goes on, at most one fine-tuning behind. Give another one for other training data or arguments:
-            only the weights that training begins with, what is removed and the evaluation are compared.
+            killed goes on, at most one fine-tuning behind. Weights, what is removed, the evaluation, the training's
+            settings and some rows of its data are compared with those of the earlier run.
         config, **options: what is removed from where; see ``SweepConfig``. ``roles`` is ``"all"`` by default.
 
     Returns:
@@ -158,24 +160,34 @@ class _OneSeed:
     folder: Path | None
 
     def table(self, orders: Sequence[Order]) -> SweepTable:
-        """The cells of this seed."""
-        table = self._after(whole="after" in orders)
+        """The cells of this seed; the baseline is measured once for both orders."""
+        trainer = _trained(self.trainer_of, self.config.seed, self.folder)
+        pruner = SVDPruner(_model_of(trainer), progress=self.config.progress)
+        scored_by = trainer if self.evaluate is None else self.evaluate
+        table = self._run(_BaselineRun(pruner, scored_by, self.config), "baseline")
+        baseline = table.cells[0]
+        if "after" in orders:
+            after = SweepRun(pruner, scored_by, self.config, baseline)
+            table = table + _in_order(self._run(after, "after"), "after")
         if "before" in orders:
-            baseline = next(cell for cell in table if cell.selection == NONE)
             table = table + _in_order(self._run(_FineTuningRun(self, baseline), "before"), "before")
         return table
 
-    def _after(self, whole: bool) -> SweepTable:
-        """The sweep of the model fine-tuned whole, or its baseline alone."""
-        trainer = _trained(self.trainer_of, self.config.seed, self.folder)
-        pruner = SVDPruner(_model_of(trainer), progress=self.config.progress)
-        run = SweepRun(pruner, self.evaluate or trainer, self.config)
-        if not whole:
-            run.cells = run.cells[:1]
-        return _in_order(self._run(run, "after" if whole else "baseline"), "after")
-
     def _run(self, run: SweepRun, kind: str) -> SweepTable:
         return run.table() if self.folder is None else run.in_folder(self.folder / kind / f"seed-{self.config.seed}")
+
+
+class _BaselineRun(SweepRun):
+    """The model fine-tuned whole."""
+
+    @functools.cached_property
+    def cells(self) -> list[Planned]:
+        """Nothing is removed."""
+        return [Planned()]
+
+    def identity(self) -> dict[str, Any]:
+        """Whatever is removed afterwards."""
+        return {key: value for key, value in super().identity().items() if key in ("weights", "evaluation", "seed")}
 
 
 class _FineTuningRun(SweepRun):
@@ -183,10 +195,9 @@ class _FineTuningRun(SweepRun):
 
     def __init__(self, one: _OneSeed, baseline: Cell):
         self.one = one
-        self.baseline = baseline
         trainer = one.trainer_of(one.config.seed)
         self.training = training_digest(trainer)
-        super().__init__(self._pruner(trainer), one.evaluate or trainer, one.config)
+        super().__init__(self._pruner(trainer), self._scored_by(trainer), one.config, baseline)
         self.in_step = self.processes > 1  # which train together
 
     def identity(self) -> dict[str, Any]:
@@ -196,14 +207,18 @@ class _FineTuningRun(SweepRun):
     def _pruner(self, trainer: Trainer) -> SVDPruner:
         return SVDPruner(_model_of(trainer), folder=self.one.folder, progress=self.one.config.progress)
 
+    def _scored_by(self, trainer: Trainer) -> Any:
+        return trainer if self.one.evaluate is None else self.one.evaluate
+
     def _cell(self, planned: Planned) -> Cell:
         if planned.selection is None:
-            return self.baseline
+            return super()._cell(planned)
         trainer = self.one.trainer_of(self.config.seed)
         pruner = self._pruner(trainer)
+        pruner.editor.store.adopt(self.editor.store)
         edit = pruner.remove(planned.selection, **planned.place)
         trainer.train()
-        scores = Scorer(self.one.evaluate or trainer, _model_of(trainer).eval())()
+        scores = Scorer(self._scored_by(trainer), _model_of(trainer))()
         return cell_of(planned, scores, self.config.seed, removed_by(edit, pruner.editor), "before")
 
 

@@ -67,9 +67,16 @@ class SVDPruner:
         self.matrices = analyzer.matrices
         settings = AnalysisConfig.of(config, options)
         place = None if folder is None else Path(folder)
+        self._covariances = None if covariances is None else covariances.identity()
         bases = None if covariances is None else EigenbasisPool(covariances, self.matrices).of
         store = FactorStore(self.matrices, settings, place, bases)
         self.editor = Editor(self.matrices, store, Originals(place))
+
+    def analysis_identity(self) -> dict[str, Any]:
+        """What selections by p-value or overlap depend on, beside the weights; fit for JSON."""
+        config = self.editor.store.config
+        draws = {"null_draws": config.null_draws, "seed": config.seed if config.null_draws else None}
+        return draws | {"covariances": self._covariances}
 
     def __repr__(self) -> str:
         edits = "; ".join(map(str, self.edits)) or "nothing"
@@ -107,9 +114,9 @@ class SVDPruner:
             TypeError: not exactly one selection.
         """
         chosen = _one_of(selection, keep)
-        indices = self._chosen(roles, blocks)
-        names, numbers = _as_tuple(_every(roles)), _as_tuple(blocks)
-        return self.editor.add(chosen, indices, names, numbers if numbers is None else tuple(map(int, numbers)))
+        names, numbers = _roles(roles), _blocks(blocks)
+        indices = [self.editor.index[matrix.name] for matrix in select(self.matrices, names, numbers)]
+        return self.editor.add(chosen, indices, names, numbers)
 
     @contextlib.contextmanager
     def removed(
@@ -259,9 +266,6 @@ class SVDPruner:
         )
         return hub.push(self, repo_id, tokenizer=tokenizer, metrics=metrics, how=how)
 
-    def _chosen(self, roles: str | Collection[str] | None, blocks: int | Collection[int] | None) -> list[int]:
-        return [self.editor.index[matrix.name] for matrix in select(self.matrices, _every(roles), blocks)]
-
 
 def _one_of(selection: Selection | None, keep: Selection | None) -> Selection:
     """What is to be removed."""
@@ -273,11 +277,15 @@ def _one_of(selection: Selection | None, keep: Selection | None) -> Selection:
     return ~chosen if selection is None else chosen
 
 
-def _every(roles: str | Collection[str] | None) -> str | Collection[str] | None:
-    return None if roles == "all" else roles
+def _roles(roles: str | Collection[str] | None) -> tuple[str, ...] | None:
+    """Roles as they are asked for, None for all."""
+    names = () if roles is None else (roles,) if isinstance(roles, str) else tuple(roles)
+    return None if roles is None or "all" in names else names
 
 
-def _as_tuple(values: Any) -> Any:
-    if values is None:
+def _blocks(blocks: int | Collection[int] | None) -> tuple[int, ...] | None:
+    if blocks is None:
         return None
-    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
+    if isinstance(blocks, str):
+        raise TypeError(f"blocks is {blocks!r}: give numbers, as blocks=[0, 1]")
+    return tuple(map(int, blocks)) if isinstance(blocks, Iterable) else (int(blocks),)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_rmt.config import SweepConfig
-from hf_rmt.models.digests import text_digest
-from hf_rmt.models.live import matrices_of
+from hf_rmt.models.digests import digest_of, text_digest
+from hf_rmt.models.live import matrices_of, unwrap
 from hf_rmt.models.matrices import WeightMatrix, select
-from hf_rmt.processes import raise_together, rank_and_count
+from hf_rmt.processes import broadcast, by_the_first
 from hf_rmt.pruner import SVDPruner
 from hf_rmt.reports import store
 from hf_rmt.reports.sweep import SweepTable
 from hf_rmt.scoring import Scorer
 from hf_rmt.surgery.editor import Edit
 from hf_rmt.theory.decomposition import as_float
-from hf_rmt.theory.selection import Selection
+from hf_rmt.theory.linalg import exact_matmul
+from hf_rmt.theory.selection import Overlapping, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,12 @@ class PruningCallback(TrainerCallback):
     Training may then let the removed subspace grow back, as it does in the paper, or it is kept out: with U and V
     the singular vectors removed from W, ``U^T W V = 0`` after every optimizer step, so that no removed input
     direction ever leads to a removed output direction. That takes two thin products a matrix and step.
+
+    Each callback removes once from a model. Where training begins again with the weights that it left, as in a
+    second ``train()`` and where ``auto_find_batch_size`` tries a smaller batch, nothing more is removed, and what
+    was learned in between stays, as the Trainer does not reset the model either. A model that holds its first
+    weights again, and another one, as ``model_init`` makes it for each ``train()``, is removed from anew. To remove
+    from a trained model what is smallest in it then, give its training a new callback.
 
     A resumed run goes on with the weights of its checkpoint, from which nothing is removed again. What is to be
     kept out is then read from a file in the output folder of the Trainer, as it is decided by the first weights.
@@ -48,7 +56,7 @@ class PruningCallback(TrainerCallback):
 
     Attributes:
         affected: what was removed from each matrix, see ``SVDPruner.affected``; None before training, and in a run
-            that was resumed.
+            that was resumed. It is that of the removal also where training has begun again.
 
     Raises:
         TypeError: not a selection.
@@ -74,14 +82,22 @@ class PruningCallback(TrainerCallback):
         self.options = options
         self.affected: Any = None
         self._barred: list[_Barred] = []
+        self._model: weakref.ref[nn.Module] | None = None  # weak, or it would outlive what model_init makes next
+        #: Digests of the edited matrices as they were before.
+        self._originals: dict[str, str] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Remove; of a resumed run, find what is to be kept out."""
-        self.affected, self._barred = None, []
+        """Remove, unless that was done; of a resumed run, find what is to be kept out."""
+        model: nn.Module = kw["model"]
+        if state.global_step == 0 and self._is_done(model):
+            logger.info("nothing more is removed: training goes on with the weights that it left")
+            return
+        self.affected, self._barred, self._model, self._originals = None, [], None, {}
         if state.global_step == 0:
-            self._remove(kw["model"], args)
+            self._remove(model, args)
         elif self.keep_out:
-            self._barred = _load(self._path(args), kw["model"])
+            self._barred = _load(self._path(args), model)
+        self._model = weakref.ref(unwrap(model))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -89,6 +105,17 @@ class PruningCallback(TrainerCallback):
         """Take out what the step has put back."""
         for barred in self._barred:
             barred.clear()
+
+    def _is_done(self, model: nn.Module) -> bool:
+        """Whether this is the model last removed from, or resumed, and it has not been given its first weights back."""
+        if self._model is None or self._model() is not unwrap(model):
+            return False
+        known = {matrix.name: matrix for matrix in matrices_of(model)} if self._originals else {}
+        # All are read, as reading may take all processes; the first decides for all.
+        as_before = [
+            name in known and digest_of(known[name].read()) == digest for name, digest in self._originals.items()
+        ]
+        return not broadcast(bool(as_before) and all(as_before))
 
     def _remove(self, model: nn.Module, args: TrainingArguments) -> None:
         pruner = SVDPruner(model, **self.options)
@@ -100,6 +127,8 @@ class PruningCallback(TrainerCallback):
                 pruner.undo(edit)
                 raise
         self.affected = pruner.affected()
+        store_of, index = pruner.editor.store, pruner.editor.index
+        self._originals = {name: store_of[index[name]].digest for name, mask in edit.masks.items() if mask.any()}
         logger.info("removed before training: %s", edit)
 
     def _bar(self, pruner: SVDPruner, edit: Edit, path: Path) -> None:
@@ -128,11 +157,14 @@ class SweepCallback(TrainerCallback):
     Args:
         evaluate: a function of the model, or what else ``SVDPruner.sweep`` takes.
         folder: to keep the sweep in, so that it can go on; None keeps it in memory alone.
+        pruner: options of the ``SVDPruner``, as ``dict(workers=2, folder="factors")``. ``covariances`` were collected
+            before training, so they have to be ``covariances.for_any_weights()``.
         config, **options: what is removed from where; see ``SweepConfig``.
 
     Raises:
         TypeError: ``evaluate`` scores no model, or an unknown setting.
-        ValueError: a setting is out of range, or, when training begins, not of this model.
+        ValueError: a setting is out of range, or, when training begins, not of this model; a selection by overlap
+            without covariances, or with some that hold for the untrained weights alone.
     """
 
     def __init__(
@@ -140,11 +172,13 @@ class SweepCallback(TrainerCallback):
         evaluate: Any,
         *,
         folder: str | Path | None = None,
+        pruner: Mapping[str, Any] | None = None,
         config: SweepConfig | None = None,
         **options: Any,
     ):
         self.evaluate = evaluate
         self.folder = folder
+        self.pruner = dict(pruner or {})
         self.config = SweepConfig.of(config, options)
         self._table: SweepTable | None = None
         self._error: Exception | None = None
@@ -166,9 +200,10 @@ class SweepCallback(TrainerCallback):
         """Refuse now what would fail in the end."""
         self._table, self._error = None, None
         Scorer(self.evaluate, kw["model"])
+        self._check_covariances()
         roles, blocks = self.config.roles, self.config.blocks
         for matrix in select(
-            SVDPruner(kw["model"]).matrices,
+            SVDPruner(kw["model"], **self.pruner).matrices,
             None if roles in ("each", "all") else roles,
             None if isinstance(blocks, str) else blocks,
         ):
@@ -176,16 +211,26 @@ class SweepCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Sweep."""
-        model: nn.Module = kw["model"]
-        modes = [(module, module.training) for module in model.modules()]
         try:
-            self._table = SVDPruner(model.eval()).sweep(self.evaluate, folder=self.folder, config=self.config)
+            pruner = SVDPruner(kw["model"], **self.pruner)
+            self._table = pruner.sweep(self.evaluate, folder=self.folder, config=self.config)
         except Exception as error:
             self._error = error
             logger.exception("the sweep after training failed; the model is as training has left it")
-        finally:
-            for module, training in modes:
-                module.training = training
+
+    def _check_covariances(self) -> None:
+        covariances = self.pruner.get("covariances")
+        needing = [selection for selection in self.config.chosen() if Overlapping.word in str(selection)]
+        if needing and covariances is None:
+            raise ValueError(
+                f"{needing[0]} needs the activations: give "
+                "pruner=dict(covariances=RMTAnalyzer(model).collect(data).for_any_weights())"
+            )
+        if covariances is not None and covariances.fingerprints:
+            raise ValueError(
+                "the covariances hold for the weights with which they were collected, and training changes these: "
+                "give covariances.for_any_weights(), or sweep the trained model with covariances of its own"
+            )
 
 
 @dataclass(frozen=True)
@@ -205,22 +250,20 @@ class _Barred:
     def clear(self) -> None:
         """``W - U (U^T W V) V^T`` in place of W."""
         whole = as_float(self.matrix.read()).to(self.u.dtype)
-        self.matrix.write(whole - self.u @ (self.u.mT @ whole @ self.vh.mT) @ self.vh)
+        inner = exact_matmul(exact_matmul(self.u.mT, whole), self.vh.mT)
+        self.matrix.write(whole - exact_matmul(exact_matmul(self.u, inner), self.vh))
 
 
 def _save(path: Path, barred: list[_Barred]) -> None:
     """The first process writes; all fail together."""
-    error = None
-    if rank_and_count()[0] == 0:
-        tensors = {f"u/{one.matrix.name}": one.u for one in barred} | {
-            f"vh/{one.matrix.name}": one.vh for one in barred
-        }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            store.save_tensors(path, tensors, {"format": "pt"})
-        except OSError as caught:
-            error = caught
-    raise_together(error)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        u = {f"u/{one.matrix.name}": one.u for one in barred}
+        vh = {f"vh/{one.matrix.name}": one.vh for one in barred}
+        store.save_tensors(path, u | vh, {"format": "pt"})
+
+    by_the_first(write)
 
 
 def _load(path: Path, model: nn.Module) -> list[_Barred]:

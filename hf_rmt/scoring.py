@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from hf_rmt.evaluation import Scores
-from hf_rmt.models.digests import text_digest
-from hf_rmt.models.live import unwrap
+from hf_rmt.models.digests import text_digest, value_digest
+from hf_rmt.models.live import evaluating, unwrap
 
 #: What a Trainer and an Evaluator say about the time and memory that they took; it is no score.
 _COSTS = re.compile(
@@ -41,20 +41,24 @@ class Scorer:
         self._score = self._function()
 
     def __call__(self) -> Scores:
-        """The scores of the model as it is now.
+        """The scores of the model as it is now, in evaluation mode.
 
         Raises:
             TypeError: what came back is no number and no dict of numbers.
         """
-        return _as_scores(self._score(), self.evaluate)
+        with evaluating(self.model):
+            return _as_scores(self._score(), self.evaluate)
 
     def identity(self) -> str:
         """What tells one evaluation from another, as far as that can be known."""
         known = getattr(self.evaluate, "identity", None)
         if known is not None:
             return text_digest(known())
-        function = self.evaluate.func if isinstance(self.evaluate, functools.partial) else self.evaluate
-        return getattr(function, "__qualname__", type(function).__name__)
+        if isinstance(self.evaluate, functools.partial):
+            return value_digest([self.evaluate.func.__qualname__, list(self.evaluate.args), self.evaluate.keywords])
+        if self.in_step:
+            return value_digest(["Trainer", self.evaluate.eval_dataset])
+        return getattr(self.evaluate, "__qualname__", type(self.evaluate).__name__)
 
     def _function(self) -> Callable[[], Any]:
         evaluate: Any = self.evaluate
@@ -62,6 +66,11 @@ class Scorer:
         if "Trainer" in kinds:
             if unwrap(evaluate.model) is not unwrap(self.model):
                 raise ValueError("the Trainer evaluates another model than the pruner edits: give both the same")
+            if evaluate.args.bf16_full_eval or evaluate.args.fp16_full_eval:
+                raise ValueError(
+                    "bf16_full_eval and fp16_full_eval have the Trainer cast the model itself to 16 bits: leave them "
+                    "out, or cast the model before it is given to the pruner"
+                )
             self.in_step = True
             return lambda: _loss_last({key.removeprefix("eval_"): value for key, value in evaluate.evaluate().items()})
         if "Evaluator" in kinds:

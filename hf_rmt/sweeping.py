@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rmt.config import SweepConfig
 from hf_rmt.evaluation import Scores
-from hf_rmt.models.digests import digest_of, text_digest
+from hf_rmt.models.digests import digest_of, text_digest, value_digest
 from hf_rmt.models.live import is_sharded, unwrap
 from hf_rmt.models.matrices import WeightMatrix, select
-from hf_rmt.processes import alone, broadcast, gather, raise_together, rank_and_count
+from hf_rmt.processes import alone, broadcast, by_the_first, gather, raise_together, rank_and_count
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
 from hf_rmt.reports.sweep import NONE, Cell, SweepTable, of_same_size
@@ -55,13 +56,14 @@ class SweepRun:
         pruner: of the model; its edits in place stay and are part of the baseline.
         evaluate: see ``Scorer``.
         config: the grid.
+        baseline: the cell in which nothing is removed, where it was measured before.
 
     Raises:
-        ValueError: there are no such roles or blocks, or weights cannot be factored.
+        ValueError: there are no such roles or blocks.
         TypeError: ``evaluate`` scores no model.
     """
 
-    def __init__(self, pruner: SVDPruner, evaluate: Any, config: SweepConfig):
+    def __init__(self, pruner: SVDPruner, evaluate: Any, config: SweepConfig, baseline: Cell | None = None):
         self.pruner = pruner
         self.editor = pruner.editor
         self.config = config
@@ -70,13 +72,19 @@ class SweepRun:
         self.rank, self.processes = rank_and_count()
         # Where all processes have to run a model or a Trainer together, all take every cell.
         self.in_step = self.processes > 1 and (self.scorer.in_step or _runs_together(pruner.model))
-        self.cells = self._planned()
+        self.baseline = baseline
+        self.places = self._places()
 
     # The grid
 
-    def _planned(self) -> list[Planned]:
-        """The baseline and every cell, each once."""
-        cells, places = [Planned()], self._places()
+    @functools.cached_property
+    def cells(self) -> list[Planned]:
+        """The baseline and every cell, each once; this factors the matrices, as some selections ask for.
+
+        Raises:
+            ValueError: weights cannot be factored, or have not what is selected.
+        """
+        cells, places = [Planned()], self.places
         self._factor(sorted({index for place in places for index in self._indices(*place)}))
         for role, block in places:
             sizes: list[int] = []
@@ -140,6 +148,8 @@ class SweepRun:
         Raises:
             ValueError: the model does not beat the largest class by the margin.
         """
+        if self.processes > 1:
+            self._refuse_other_processes(self.identity())
         return self._table(self._measured({}, None))
 
     def in_folder(self, folder: Path) -> SweepTable:
@@ -155,10 +165,11 @@ class SweepRun:
             table = SweepTable.load(folder)
             store.refuse_other(folder, table.settings.get("identity") or {}, identity)
             return table
+        count = len(self.cells)  # planned before the folder is touched, by all processes together
         partial = self._opened(folder, identity)
         try:
-            earlier = [partial.read(index) for index in range(len(self.cells))] if self.rank == 0 else []
-            found = {index: cell for index, cell in enumerate(broadcast(earlier)) if cell is not None}
+            earlier = by_the_first(lambda: [partial.read(index) for index in range(count)])
+            found = {index: cell for index, cell in enumerate(earlier) if cell is not None}
             table = self._table(self._measured(found, partial), identity)
             by_the_first(lambda: table.save(folder))
             by_the_first(partial.remove)
@@ -218,15 +229,18 @@ class SweepRun:
         """Raise if the model is no better at the main metric than a guess."""
         metric = next(iter(baseline.scores))
         score, chance = baseline.scores[metric], baseline.chance.get(metric)
-        if chance is not None and score - chance < self.config.margin:
+        error = baseline.rows[metric].error() if metric in baseline.rows else 0.0
+        if chance is not None and score - chance < self.config.margin * error:
             raise ValueError(
                 f"the model scores {score:.4f} in {metric}, and the largest class alone gives {chance:.4f}: a sweep of "
-                f"a model that has not learned the task says nothing (margin={self.config.margin} sets what it has to "
-                "be better by)"
+                f"a model that has not learned the task says nothing (margin={self.config.margin} asks for so many "
+                f"standard errors, of {error:.4f} each, more)"
             )
 
     def _cell(self, planned: Planned) -> Cell:
         """Measure one cell."""
+        if planned.selection is None and self.baseline is not None:
+            return self.baseline
         removed: dict[str, float] = {}
         with contextlib.nullcontext() if self.in_step else alone():
             if planned.selection is None:
@@ -248,22 +262,14 @@ class SweepRun:
         """What a folder must have been made for."""
         return {
             "weights": weights_digest(self.pruner.model, self.matrices),
-            "cells": text_digest([[cell.name, cell.role, cell.block, cell.control] for cell in self.cells]),
-            "edits": [str(edit) for edit in self.pruner.edits],
-            "evaluation": self.scorer.identity(),
+            "selections": [str(selection) for selection in self.config.chosen()],
+            "places": [[role, block] for role, block in self.places],
+            "controls": self.config.controls,
             "seed": self.config.seed,
+            "edits": [[str(edit), value_digest(edit.masks)] for edit in self.pruner.edits],
+            "analysis": self.pruner.analysis_identity(),
+            "evaluation": self.scorer.identity(),
         }
-
-
-def by_the_first(work: Callable[[], object]) -> None:
-    """Something that the first process does alone, and after which all go on; all must call."""
-    error = None
-    if rank_and_count()[0] == 0:
-        try:
-            work()
-        except BaseException as caught:
-            error = caught
-    raise_together(error)
 
 
 def _runs_together(model: nn.Module) -> bool:
@@ -289,11 +295,12 @@ def cell_of(planned: Planned, scores: Scores, seed: int, removed: dict[str, floa
 
 
 def weights_digest(model: nn.Module, matrices: list[WeightMatrix]) -> str:
-    """Hash of all values of a model: of its matrices wherever they are, and of every other parameter in memory."""
+    """Hash of all values of a model: of its matrices wherever they are, and of what else it has in memory."""
     read = {matrix.name: digest_of(matrix.read()) for matrix in matrices}
     own = {matrix.parameter for matrix in matrices}
-    for name, parameter in unwrap(model).named_parameters():
-        if name not in own and parameter.device.type != "meta":
-            whole: Any = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    inner = unwrap(model)
+    for name, values in (*inner.named_parameters(), *inner.named_buffers()):
+        if name not in own and values.device.type != "meta":
+            whole: Any = values.full_tensor() if hasattr(values, "full_tensor") else values
             read[name] = digest_of(whole.detach().reshape(-1))
     return text_digest(read)

@@ -268,7 +268,7 @@ def test_another_choice_on_resuming_is_refused_at_once(tmp_path: Path) -> None:
     run(tmp_path, **options)
     again = trainer(tmp_path, **(options | {"num_train_epochs": 2}))
     again.add_callback(RMTCallback(again, roles="query"))
-    with pytest.raises(ValueError, match="belongs to another analysis: matrices"):
+    with pytest.raises(ValueError, match="was made by another run: matrices"):
         again.train(resume_from_checkpoint=True)
 
 

@@ -335,7 +335,7 @@ def test_another_collection_is_refused(
         model.train()
     if change == "roles":
         options["roles"] = "query"
-    with pytest.raises(ValueError, match=r"belongs to another analysis: .* give another folder"):
+    with pytest.raises(ValueError, match=r"was made by another run: .* give another folder"):
         collect(model, batches, folder=tmp_path, **options)
 
 

@@ -315,7 +315,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_model, tmp_path, monke
         RMTAnalyzer.compare(before, after, folder=tmp_path / "c", workers=1)
     kept = len(list((tmp_path / "c" / "partial").glob("*.safetensors")))
     assert kept == 9 and not store.is_saved(tmp_path / "c", "comparison")
-    with pytest.raises(ValueError, match="belongs to another analysis"):
+    with pytest.raises(ValueError, match="was made by another run"):
         RMTAnalyzer(before).analyze(folder=tmp_path / "c")
     with pytest.raises(ValueError, match=r"weights of .* after differ"):
         RMTAnalyzer.compare(before, _moved(make_model("bert"), 0.02), folder=tmp_path / "c")

@@ -268,9 +268,9 @@ def test_a_run_that_stopped_goes_on_with_the_same_covariances(
         analyse(model, covariances, folder=tmp_path)
     assert len(list((tmp_path / "partial").glob("*.safetensors"))) == 5
     for other in (covariances.with_centring(), covariances + covariances):
-        with pytest.raises(ValueError, match="belongs to another analysis: covariances was"):
+        with pytest.raises(ValueError, match="was made by another run: covariances was"):
             analyse(model, other, folder=tmp_path)
-    with pytest.raises(ValueError, match="belongs to another analysis: covariances was"):
+    with pytest.raises(ValueError, match="was made by another run: covariances was"):
         RMTAnalyzer(model).analyze(folder=tmp_path, workers=1, progress=False)
     resumed = analyse(model, covariances, folder=tmp_path)
     assert_same_overlaps(resumed, analyse(model, covariances))

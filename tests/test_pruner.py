@@ -600,7 +600,12 @@ def test_roles_and_blocks_that_there_are_not(make_model) -> None:
     _refused(pruner, "no role or name matches 'keys'; the roles are attention.output, intermediate, key,", roles="keys")
     _refused(pruner, "no role or name matches 'keys'", roles=["query", "keys"])
     _refused(pruner, r"no block \[7\]; the blocks are 0 to 1", blocks=[0, 7])
-    _refused(pruner, "no matrix has both a role in 'pooler.dense' and a block in 1", roles="pooler.dense", blocks=1)
+    _refused(
+        pruner,
+        r"no matrix has both a role in \('pooler.dense',\) and a block in \(1,\)",
+        roles="pooler.dense",
+        blocks=1,
+    )
     _refused(pruner, "no matrix has both", roles=[])
     _refused(pruner, "no matrix has both", blocks=[])
 

@@ -15,10 +15,12 @@ from transformers import (
     BertForSequenceClassification,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
-from hf_rmt import Bottom, Decile, Rank, SVDPruner
+from hf_rmt import Bottom, Decile, Overlapping, Rank, RMTAnalyzer, SVDPruner
 from hf_rmt.evaluation import Accuracy
 from hf_rmt.pruning_callback import PruningCallback, SweepCallback
 
@@ -186,19 +188,131 @@ class Stop(TrainerCallback):
 
 
 def test_a_training_that_was_broken_off_can_begin_anew(tmp_path: Path) -> None:
-    """From the weights that it left, whose own smallest components are then removed."""
-    callback = PruningCallback(Rank(1), roles="query", keep_out=True)
-    training = trainer(tmp_path, [callback, Stop()])
+    """With a new callback: from the weights that it left, whose own components are then removed."""
+    training = trainer(tmp_path, [PruningCallback(Rank(1), roles="query", keep_out=True), Stop()])
     with pytest.raises(KeyboardInterrupt):
         training.train()
     left = weights(training.model)
     watch = Watch()
-    second = trainer(tmp_path, [callback, watch], training.model)
+    again = PruningCallback(Rank(1), roles="query", keep_out=True)
+    second = trainer(tmp_path, [again, watch], training.model)
     second.train()
     for block in (0, 1):
         name = f"bert.encoder.layer.{block}.attention.self.query.weight"
         assert leak(left[name], watch.start[name], slice(0, 1)) < 1e-6
         assert leak(left[name], watch.steps[-1][name], slice(0, 1)) < 1e-6
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+class OutOfMemory(TrainerCallback):
+    """Fails once, as a GPU does whose memory is full, after so many steps."""
+
+    def __init__(self, at: int):
+        self.at: int | None = at
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.at:
+            self.at = None
+            raise RuntimeError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_smaller_batch_is_tried_without_removing_twice(tmp_path: Path, at: int) -> None:
+    """The Trainer does not reset the model, so the weights go on as the first attempt left them."""
+
+    class Begins(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen: list[dict[str, torch.Tensor]] = []
+
+        def on_train_begin(self, *_: Any, **kw: Any) -> None:
+            self.seen.append(weights(kw["model"]))
+
+    before, after, watch = Begins(), Begins(), Watch()
+    callback = PruningCallback(Decile(1), roles="query", keep_out=True)
+    changes: dict[str, Any] = dict(auto_find_batch_size=True, learning_rate=1e-2)
+    training = trainer(tmp_path, [before, callback, after, OutOfMemory(at), watch], **changes)
+    training.train()
+    assert len(after.seen) == 2 and training._train_batch_size == 3
+    once = model()
+    pruner = SVDPruner(once)
+    pruner.remove(Decile(1), roles="query")
+    assert not differing(after.seen[0], weights(once))
+    assert not differing(after.seen[1], before.seen[1])
+    assert bool(differing(after.seen[1], after.seen[0])) == (at > 0)
+    if at == 0:
+        assert int(torch.linalg.matrix_rank(after.seen[1][QUERY], rtol=1e-5)) == 32 - 4
+    assert callback.affected.equals(pruner.affected())
+    assert max(leak(before.seen[0][QUERY], step[QUERY], slice(0, 4)) for step in watch.steps) < 1e-6
+
+
+def test_a_second_training_removes_nothing_more(tmp_path: Path) -> None:
+    callback, watch = PruningCallback(Decile(1), roles="query", keep_out=True), Watch()
+    training = trainer(tmp_path, [callback, watch])
+    first = weights(training.model)
+    training.train()
+    left, affected = weights(training.model), callback.affected
+    training.train()
+    assert not differing(watch.start, left)
+    assert callback.affected is affected and len(watch.steps) == 2 * STEPS
+    assert max(leak(first[QUERY], step[QUERY], slice(0, 4)) for step in watch.steps) < 1e-6
+
+
+def test_training_on_after_a_resumed_run_removes_nothing(tmp_path: Path) -> None:
+    changes: dict[str, Any] = dict(save_strategy="steps", save_steps=3)
+    trainer(tmp_path, PruningCallback(Decile(1), roles="query"), **changes).train()
+    watch = Watch()
+    training = trainer(tmp_path, [PruningCallback(Decile(1), roles="query"), watch], **changes)
+    training.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    left = weights(training.model)
+    training.train()
+    assert not differing(watch.start, left)
+
+
+def test_a_model_with_its_first_weights_back_and_another_one_are_removed_from(tmp_path: Path) -> None:
+    callback, watch = PruningCallback(Decile(1), roles="query"), Watch()
+    training = trainer(tmp_path, [callback, watch])
+    first = weights(training.model)
+    training.train()
+    edited = watch.start
+    assert differing(edited, first)
+    watch.start = {}
+    training.model.load_state_dict(first)
+    training.train()
+    assert not differing(watch.start, edited)
+    watch.start = {}
+    fresh = Trainer(
+        model_init=lambda: model(num_labels=2),
+        args=training.args,
+        train_dataset=training.train_dataset,
+        callbacks=[callback, watch],
+    )
+    for _ in range(2):
+        fresh.train()
+        assert len(watch.start) == len(edited) and int(torch.linalg.matrix_rank(watch.start[QUERY], rtol=1e-5)) == 28
+        watch.start = {}
+
+
+def test_what_is_kept_out_is_kept_out_in_full_precision_under_autocast(tmp_path: Path) -> None:
+    """What the callback takes out again has a relative error of float32, not of bfloat16 (4e-3)."""
+    net = model()
+    weight = net.bert.encoder.layer[0].attention.self.query.weight
+    callback = PruningCallback(Bottom(16), roles="query", blocks=0, keep_out=True)
+    state, control = TrainerState(), TrainerControl()
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, save_strategy="no")
+    callback.on_train_begin(arguments, state, control, model=net)
+    kept = weight.detach().clone()
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        weight += noise
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (noise @ noise).dtype == torch.bfloat16
+        callback.on_optimizer_step(arguments, state, control, model=net)
+    u, _, vh = torch.linalg.svd(weights(model())[QUERY].double())
+    grown = u[:, -16:].mT @ noise.double() @ vh[-16:].mT
+    expected = kept.double() + noise.double() - u[:, -16:] @ grown @ vh[-16:]
+    torch.testing.assert_close(weight.detach().double(), expected, atol=1e-5, rtol=0)
 
 
 def test_adapters_are_refused_where_they_change_what_is_removed(tmp_path: Path) -> None:
@@ -290,9 +404,28 @@ def test_a_sweep_that_fails_does_not_undo_the_training(tmp_path: Path, caplog: p
     assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_a_sweep_by_overlaps_with_options_of_the_pruner(tmp_path: Path) -> None:
+    net = model()
+    found = RMTAnalyzer(net).collect([{"input_ids": torch.tensor([row["input_ids"]])} for row in rows()])
+    covariances = found.for_any_weights()
+    accuracy = Accuracy(rows(8))
+    factors = tmp_path / "factors"
+    options: dict[str, Any] = dict(selections=[Overlapping(0.5)], roles=["key"], margin=-1)
+    callback = SweepCallback(accuracy, pruner=dict(covariances=covariances, workers=1, folder=factors), **options)
+    trainer(tmp_path, callback, net).train()
+    assert len(callback.table) == 2 and len(list(factors.rglob("*.safetensors"))) == 2
+    expected = SVDPruner(net, covariances=covariances).sweep(accuracy, **options)
+    assert callback.table.to_pandas().equals(expected.to_pandas())
+    early = SweepCallback(accuracy, pruner=dict(covariances=found), **options)
+    with pytest.raises(ValueError, match=r"training changes these: give covariances.for_any_weights\(\)"):
+        trainer(tmp_path, early, net).train()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        (dict(selections=[~Overlapping()]), ValueError, "not overlapping.* needs the activations"),
+        (dict(pruner=dict(worker=1)), TypeError, "there is no option worker"),
         (dict(roles=["quarry"]), ValueError, "no role or name matches 'quarry'"),
         (dict(blocks=[7]), ValueError, r"no block \[7\]"),
         (dict(evaluate=3), TypeError, "3 scores no model"),

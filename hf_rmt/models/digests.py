@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
@@ -23,3 +25,33 @@ def fingerprint_of(weight: torch.Tensor) -> str:
 def text_digest(value: Any) -> str:
     """Hash of anything that JSON can hold."""
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def value_digest(value: Any) -> str:
+    """Hash of what can be known of a value from one run to the next: numbers, texts, tensors, and what holds them; of
+    long data its length and some rows; of anything else its type."""
+    return text_digest(_plain(value))
+
+
+#: Rows of data that are looked at, from its beginning to its end.
+_ROWS_SEEN = 64
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return _plain_array(torch.as_tensor(value)) if value.dtype != object else str(value.shape)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    kind = getattr(value, "__qualname__", type(value).__qualname__)
+    if hasattr(value, "with_format"):  # a data set, whose transforms may be random
+        value = value.with_format(None)
+    if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
+        step = max(1, len(value) // _ROWS_SEEN)
+        return [kind, len(value), [_plain(value[index]) for index in range(0, len(value), step)]]
+    return kind
+
+
+def _plain_array(values: torch.Tensor) -> list[Any]:
+    return [str(values.dtype), list(values.shape), digest_of(values.reshape(-1))]

@@ -82,6 +82,18 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module.enable_adapters(True)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold the parameters together (FSDP2), so that all have to read and run in step."""
     return any(map(_shards, model.modules())) or any(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from hf_rmt.theory.covariance import Moments
-from hf_rmt.theory.linalg import add_gram, add_outer_both_ways, mirror_lower, triangle
+from hf_rmt.theory.linalg import add_gram, add_outer_both_ways, full_precision, mirror_lower, triangle
 
 #: Products of so many tokens are added up in float32 before they go into the float64 sum.
 _FLUSH_TOKENS = 4096
@@ -49,7 +46,7 @@ class MomentSum:
             rows = rows.to(self._origin)
         rows = rows - self._origin
         total = rows.sum(0)
-        with torch.autocast(rows.device.type, enabled=False), full_precision(rows.device):
+        with full_precision(rows.device):
             add_gram(self._pending, rows)
         if not bool((total + self._pending.diagonal()).isfinite().all()):
             raise FloatingPointError("NaN or Inf among the activations")
@@ -99,19 +96,3 @@ class MomentSum:
         add_outer_both_ways(outer, origin, total + self.tokens / 2 * origin)
         mirror_lower(outer)
         return Moments(outer, total + self.tokens * origin, self.tokens, self._eps)
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Products in float32 proper for a while, also where the caller has allowed TF32."""
-    if device.type != "cuda":
-        yield
-        return
-    settings = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(settings, name)
-    setattr(settings, name, exact)
-    try:
-        yield
-    finally:
-        setattr(settings, name, before)

@@ -251,7 +251,7 @@ class PartialRun:
         try:
             tensors, metadata = load_tensors(self.path(index))
             return self.result_class.restore(tensors, metadata["description"])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):  # TypeError: of another version, with other fields
             return None
 
     def completed(
@@ -296,7 +296,7 @@ def refuse_other(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> N
     for key in here:
         if there.get(key) != here[key]:
             was, now = _short(there.get(key)), _short(here[key])
-            raise ValueError(f"{folder} belongs to another analysis: {key} was {was} and is {now}; give another folder")
+            raise ValueError(f"{folder} was made by another run: {key} was {was} and is {now}; give another folder")
 
 
 def _short(value: Any) -> str:

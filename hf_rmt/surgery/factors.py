@@ -96,6 +96,11 @@ class FactorStore:
         self.folder = folder
         self.bases_of = bases_of
         self.known: dict[int, FactoredMatrix] = {}
+        self._lent: dict[str, FactoredMatrix] = {}
+
+    def adopt(self, other: FactorStore) -> None:
+        """Take what another store has factored, of a model that began with the same weights, where these are equal."""
+        self._lent = {factored.name: factored for factored in other.known.values()}
 
     def __getitem__(self, index: int) -> FactoredMatrix:
         return self.known[index]
@@ -119,6 +124,9 @@ class FactorStore:
     def _factored(self, matrix: WeightMatrix) -> FactoredMatrix:
         weight = matrix.read()
         digest = digest_of(weight)
+        lent = self._lent.get(matrix.name)
+        if lent is not None and (lent.digest, lent.shape) == (digest, matrix.shape):
+            return lent
         found = self._loaded(matrix, weight, digest) or self._computed(matrix, weight, digest)
         if self.config.null_draws:
             found.null = MonteCarloNull(self.config.null_draws, self.config.seed)

@@ -70,6 +70,10 @@ class Rows:
         slope = mean.exp() if self.exponential else 1.0
         return slope * self.weights * (self.values - mean) / self.weights.mean()
 
+    def error(self) -> float:
+        """Standard error of the score over the rows; 0 for a single row."""
+        return float(self.influence().square().mean().sqrt()) / max(len(self) - 1, 1) ** 0.5
+
     def _mean(self) -> torch.Tensor:
         return (self.weights * self.values).sum() / self.weights.sum()
 

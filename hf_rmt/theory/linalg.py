@@ -6,6 +6,7 @@ thirds for eigenvalues, on an AMD processor; both release the interpreter lock.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +20,29 @@ _BLOCK = 256
 
 def _by_numpy(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products in their own dtype for a while, also where the caller has autocast on or has allowed TF32."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        settings = torch.backends.cuda.matmul
+        name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+        before = getattr(settings, name)
+        setattr(settings, name, exact)
+        try:
+            yield
+        finally:
+            setattr(settings, name, before)
+
+
+def exact_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Product of two tensors on one device in their own dtype, whatever the caller has set, by torch's routines."""
+    with full_precision(a.device):
+        return a @ b
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_rmt.theory.decomposition import SVDFactors, as_float
+from hf_rmt.theory.linalg import exact_matmul
 
 
 def part(factors: SVDFactors, mask: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -19,7 +20,7 @@ def part(factors: SVDFactors, mask: torch.Tensor, device: torch.device) -> torch
     neighbours = len(index) and int(index[-1] - index[0]) + 1 == len(index)
     chosen = slice(int(index[0]), int(index[-1]) + 1) if neighbours else index  # the slice is a view
     s = factors.s[chosen].to(factors.u.dtype).to(device)
-    return (factors.u[:, chosen].to(device) * s) @ factors.vh[chosen].to(device)
+    return exact_matmul(factors.u[:, chosen].to(device) * s, factors.vh[chosen].to(device))
 
 
 def without(weight: torch.Tensor, factors: SVDFactors, mask: torch.Tensor) -> torch.Tensor:

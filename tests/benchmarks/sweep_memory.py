@@ -73,8 +73,8 @@ def _section(runs: dict[str, dict[str, Any]]) -> harness.Section:
             "A process that makes `SVDPruner(model)` of BERT-base's shape and removes the last decile from each of six "
             "types in turn, one worker. `factors` and `originals` are the bytes of the tensors held, originals at "
             "their largest (one type at a time); the peak and what is left at the end are over those of a process that "
-            "makes the model alone. In a folder both are files, whose mapped pages the system may take back: what is left "
-            "anonymous is what they cost."
+            "makes the model alone. In a folder both are files, whose mapped pages the system may take back: what is "
+            "left anonymous is what they cost."
         ),
         tables=[
             harness.Table(

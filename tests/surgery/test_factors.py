@@ -439,3 +439,15 @@ def test_covariances_of_another_model(make_model) -> None:
         pruner.remove(Outliers(), blocks=0)
     assert torch.equal(other.encoder.layer[0].output.dense.weight, before) and not pruner.edits
     SVDPruner(other, covariances=covariances.for_any_weights()).remove(Overlapping(), blocks=0)
+
+
+def test_what_another_store_has_factored_is_adopted_where_weights_are_equal(counted: list[tuple[int, ...]]) -> None:
+    first = prepared(layers())
+    count, other = len(counted), layers()
+    with torch.no_grad():
+        other[0].weight[0, 0] += 1
+    store = store_of(other)
+    store.adopt(first)
+    store.prepare(range(len(store.matrices)))
+    assert len(counted) == count + 1, "the one that differs"
+    assert [store[i] is first[i] for i in range(len(store.matrices))] == [False] + [True] * (len(store.matrices) - 1)

@@ -172,3 +172,11 @@ def test_low_precision_is_rounded_once() -> None:
         assert (found != nearest).double().mean() < 1e-3  # ties of the float32 result
         assert 0.05 < (found != weight).double().mean() < 1
         assert_rounds_to(found, exact, largest)
+
+
+def test_autocast_of_the_caller_changes_nothing() -> None:
+    weight = weight_of((70, 100), torch.float32)
+    factors, mask = factors_of(weight), torch.arange(70) >= 63
+    expected = without(weight, factors, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(without(weight, factors, mask), expected)
