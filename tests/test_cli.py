@@ -147,7 +147,7 @@ def test_ctrl_c(checkpoint: Path, tmp_path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         module.main()
     assert stop.value.code == 2
-    assert "interrupted; the same command with the same --out goes on" in capsys.readouterr().err
+    assert "interrupted; the same command goes on with what --out holds" in capsys.readouterr().err
 
 
 def test_version() -> None:

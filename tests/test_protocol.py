@@ -224,20 +224,27 @@ def test_fine_tuned_models_are_kept(trainer_of: Maker, tmp_path: Path) -> None:
     assert trainer_of.trained == [4, 5]
 
 
+def other_data(trainer_of: Maker, seed: int) -> Trainer:
+    return trainer_of(seed, train_dataset=rows(64, 9))
+
+
 def test_other_starts_are_refused(trainer_of: Maker, accuracy: Accuracy, tmp_path: Path) -> None:
     before_and_after(trainer_of, accuracy, seeds=[0], folder=tmp_path / "run", **_GRID)
     other = Maker(tmp_path, encoder=7)
-    for run in (
+    refused: list[Callable[[], Any]] = [
         lambda: before_and_after(other, accuracy, seeds=[0], folder=tmp_path / "run", **_GRID),
         lambda: fine_tuned(other, 0, tmp_path / "run"),
-    ):
+        lambda: fine_tuned(lambda seed: other_data(trainer_of, seed), 0, tmp_path / "run"),
+    ]
+    trainer_of.trained.clear()
+    for run in refused:
         with pytest.raises(
-            ValueError, match=r"seed-0.weights.safetensors was fine-tuned from other weights: give anoth"
+            ValueError, match=r"seed-0.weights.safetensors was fine-tuned from other weights, on other da"
         ):
             run()
-    assert not other.trained
-    with pytest.raises(ValueError, match=r"cells was .* and is"):
+    with pytest.raises(ValueError, match=r"selections was .* and is"):
         before_and_after(trainer_of, accuracy, seeds=[0], folder=tmp_path / "run", deciles=[2], progress=False)
+    assert not other.trained and not trainer_of.trained
     (tmp_path / "run" / "models" / "seed-0" / "weights.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="missing or damaged"):
         fine_tuned(trainer_of, 0, tmp_path / "run")

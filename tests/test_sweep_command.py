@@ -179,7 +179,7 @@ def test_the_same_command_goes_on(classifier: tuple[Path, Path], tmp_path: Path,
     with pytest.raises(SystemExit) as stop:
         module.main()
     assert stop.value.code == 2
-    assert "interrupted; the same command with the same --out goes on" in capsys.readouterr().err
+    assert "interrupted; the same command goes on with what --out holds" in capsys.readouterr().err
     assert len(list((tmp_path / "o" / "partial").glob("*.safetensors"))) == 3
     result = _command(*arguments)
     assert result.exit_code == 0, result.output
