@@ -90,7 +90,7 @@ def is_saved(folder: Path, kind: Kind) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON through a file beside it, so that the file is never half there."""
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write one file
     beside.write_text(json.dumps(value, indent=2) + "\n")
     _sync(beside)
     os.replace(beside, path)
@@ -123,7 +123,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     """Safetensors through a file beside it."""
     from safetensors.torch import save_file
 
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write one file
     try:
         save_file({key: value.contiguous() for key, value in tensors.items()}, beside, metadata=metadata)
         _sync(beside)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from hf_rmt.reports.drawing import (
@@ -23,11 +24,10 @@ from hf_rmt.reports.drawing import (
     set_labels,
 )
 from hf_rmt.reports.plots import NothingToDrawError
-from hf_rmt.reports.sweep import decile_of
+from hf_rmt.reports.sweep import decile_of, of_same_size
 from hf_rmt.theory.singular_vectors import local_mean
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
@@ -176,14 +176,11 @@ def _draw_points(axes: Axes, part: pd.DataFrame, column: str) -> None:
     """A point for each selection with its error, and those of their controls as a line in a band."""
     own = part[part["control"] == ""]
     place = {selection: x for x, selection in enumerate(own["selection"], start=1)}
-    controls = part[part["control"].isin(place)]
-    if len(controls):
-        # Several draws are averaged; their errors are much the same.
-        means = controls.groupby("control")[[column, "error"]].mean()
-        means = means.loc[[selection for selection in place if selection in means.index]]
-        x, y, error = [place[name] for name in means.index], means[column], means["error"].fillna(0.0)
-        axes.fill_between(x, y - error, y + error, color=_GREY, alpha=0.3, linewidth=0)
-        axes.plot(x, y, color=_GREY, linewidth=1.0, label=_CONTROL)
+    means = _controls(part, column)
+    if means["error"].notna().any():
+        y, error = means[column], means["error"]
+        axes.fill_between(list(place.values()), y - error, y + error, color=_GREY, alpha=0.3, linewidth=0)
+        axes.plot(list(place.values()), y, color=_GREY, linewidth=1.0, label=_CONTROL)
     label = "mean over seeds" if (own["seeds"] > 1).any() else "removed"
     style: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 3.5, "linewidth": 1.2, "elinewidth": 1.0}
     axes.errorbar(list(place.values()), own[column], own["error"].fillna(0.0), label=label, capsize=2, **style)
@@ -191,6 +188,19 @@ def _draw_points(axes: Axes, part: pd.DataFrame, column: str) -> None:
     names = list(place) if None in deciles else [str(decile) for decile in deciles]
     axes.set_xticks(list(place.values()), names, rotation=30 if None in deciles else 0)
     axes.set_xlim(0.5, len(place) + 0.5)
+
+
+def _controls(part: pd.DataFrame, column: str) -> pd.DataFrame:
+    """For each selection the mean of its controls, which are drawn once for all of about one size; NaN without any.
+
+    Several draws are averaged; their errors are much the same.
+    """
+    controls = part[part["control"] != ""]
+    means = []
+    for name, size in part[part["control"] == ""][["selection", "components"]].itertuples(index=False):
+        like = np.array([of_same_size(size, other) for other in controls["components"]], dtype=bool)
+        means.append(controls[(controls["control"] == name) | like][[column, "error"]].fillna({"error": 0.0}).mean())
+    return pd.DataFrame(means)
 
 
 def _draw_levels(axes: Axes, table: SweepTable, part: pd.DataFrame) -> None:
@@ -213,7 +223,7 @@ def _draw_profile(axes: Axes, p_values: torch.Tensor, part: pd.DataFrame) -> Non
     near = list(
         part["selection"][part["control"] == ""][(place > x * count - 0.5) & (place < (x + width) * count + 0.5)]
     )
-    in_the_way = part["selection"].isin(near) | part["control"].isin(near)
+    in_the_way = part["selection"].isin(near) | (part["control"] != "")
     if falls:
         axes.set_ylim(min(bottom, (low[in_the_way].min() - _INSET_REACH * top) / (1 - _INSET_REACH)), top)
     else:

@@ -89,6 +89,20 @@ def test_points_are_the_changes_of_the_summary(sweep: SweepTable) -> None:
     assert names(figure) == ["random components, as many", "nothing removed", "mean over seeds"]
 
 
+def test_one_control_is_drawn_at_all_selections_of_its_size() -> None:
+    sizes = {1: 39.0, 2: 39.0, 3: 38.0, 4: 100.0, 5: 38.0}
+    cells = [cell("none", 0.8)]
+    cells += [cell(f"decile:{k}", 0.7, role="key", removed={"components": size}) for k, size in sizes.items()]
+    name = "random:0(decile:1)"
+    cells.append(cell(name, 0.75, role="key", control="decile:1", removed={"components": 39.0}))
+    table = SweepTable(cells, {})
+    (axes,) = sweep_plots.changes(table).axes
+    drawn = line(axes, "random components, as many")
+    change = table.summary().set_index("selection").loc[name, "change"]
+    np.testing.assert_allclose(drawn, [change, change, change, np.nan, change])
+    assert len(points(axes)[1]) == 5
+
+
 def test_the_inset_has_the_local_means_and_their_plateau(sweep: SweepTable) -> None:
     with_profile, without = sweep_plots.changes(sweep).axes
     assert not without.child_axes
