@@ -175,7 +175,7 @@ def test_a_folder_of_other_settings_or_another_model_is_refused(finished, make_m
             assert not finished
     with pytest.raises(ValueError, match='made by another run: sigma was "bulk" and is "init"'):
         analyzer.analyze(folder=tmp_path / "r", sigma="init")
-    with pytest.raises(ValueError, match="another analysis: matrices"):
+    with pytest.raises(ValueError, match="made by another run: matrices"):
         RMTAnalyzer(make_model("llama")).analyze(folder=tmp_path / "r")
     for parameter in model.parameters():
         parameter.data += 0.1
