@@ -137,6 +137,8 @@ class SweepConfig:
         controls: random draws, from the same matrices, of as many components as each selection has; selections
             of one size (to 5 %) share them.
         seed: number of the model, where several are swept that differ in the seed of their fine-tuning.
+        lower_is_better: names of scores that fall when a model gets better and whose names do not say so, as those of
+            losses, errors and perplexities do.
         margin: standard errors by which the model has to beat a guess of the largest class, where its evaluation
             knows that: a sweep of a model that has not learned the task says nothing.
         progress: show a progress bar; None shows one on a terminal.
@@ -148,6 +150,7 @@ class SweepConfig:
     blocks: str | Sequence[int] = "together"
     controls: int = 0
     seed: int = 0
+    lower_is_better: Sequence[str] = ()
     margin: float = 3.0
     progress: bool | None = None
 
@@ -160,6 +163,8 @@ class SweepConfig:
                 object.__setattr__(self, name, tuple(value))
         if not isinstance(self.roles, str):
             object.__setattr__(self, "roles", tuple(self.roles))
+        falling = [self.lower_is_better] if isinstance(self.lower_is_better, str) else self.lower_is_better
+        object.__setattr__(self, "lower_is_better", tuple(falling))
         if isinstance(self.blocks, str) and self.blocks not in ("together", "each"):
             raise ValueError(f"blocks is {self.blocks!r}: give 'together', 'each', or block numbers")
         if self.controls < 0:

@@ -255,6 +255,7 @@ class SweepRun:
 
     def _table(self, cells: dict[int, Cell], identity: dict[str, Any] | None = None) -> SweepTable:
         settings = self.pruner.origin | {"versions": versions(), "identity": identity}
+        settings["lower_is_better"] = list(self.config.lower_is_better)
         ordered = [cells[index] for index in range(len(self.cells))]
         return SweepTable(ordered, settings, p_value_profiles(self.editor.store))
 

@@ -460,7 +460,8 @@ def test_bad_pushes(repository: str, options: dict[str, Any], message: str, conn
     assert not connected.requests
 
 
-def test_without_a_network(pruner: SVDPruner) -> None:
+def test_without_a_network(pruner: SVDPruner, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"me/pruned could not be pushed: .*offline mode"):
         pruner.push_to_hub("me/pruned")
 

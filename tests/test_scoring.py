@@ -155,6 +155,14 @@ def test_a_trainer_of_another_model_is_refused(classifier, make_model, tokenizer
         SVDPruner(make_model("bert_classifier")).sweep(trainer_of(classifier, tokenizer))
 
 
+@pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
+def test_a_trainer_that_casts_the_model_is_refused(option: str, classifier, tokenizer) -> None:
+    trainer = trainer_of(classifier, tokenizer)
+    setattr(trainer.args, option, True)
+    with pytest.raises(ValueError, match="have the Trainer cast the model itself to 16 bits: leave them out, or cast"):
+        SVDPruner(classifier).sweep(trainer)
+
+
 # Evaluator
 
 

@@ -585,6 +585,8 @@ def _refuse_different_models(rank: int, folder: Path) -> None:
     with pytest.raises(ValueError, match=f"process {1 - rank} differs from process {rank} in weights: give every"):
         sweep(net, Task(), folder=folder / "different", **_GRID)
     assert not (folder / "different").exists()
+    with pytest.raises(ValueError, match=f"process {1 - rank} differs from process {rank} in weights: give every"):
+        sweep(net, Task(), **_GRID)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ QUANTITIES = REMOVED[-4:]
 #: Selections whose numbers of components differ by no more than this share have one random control.
 SAME_SIZE = 0.05
 _COLUMNS = ("selection", "role", "block", "seed", "metric", "score", "baseline", "change", "order", "control")
-#: Ends of the names of metrics that rise when a model gets worse.
-_LOWER_IS_BETTER = ("loss", "perplexity")
+#: Words in the names of scores that rise when a model gets worse.
+_LOWER_IS_BETTER = re.compile(r"loss|perplexity|ppl|nll|entropy|bits|error|[wcmt]er|mae|r?mse|s?mape|brier|distance")
 
 Key = tuple[str, str, int | None, str, int]
 Place = tuple[str, str, int | None]
@@ -265,8 +265,9 @@ class SweepTable:
         One row an order, role, quantity, and whether the first decile takes part: it holds the largest
         singular values, whose removal hurts whatever the vectors. The role ``"pooled"`` is all roles together, with
         ranks taken within each, as roles differ in how much they matter. Columns ``rho``, ``p_value``
-        (two-sided, by permutation) and ``count`` (deciles); NaN where there are fewer than three or the
-        sweep lacks the quantity.
+        (two-sided, by permutation, which takes the deciles for exchangeable: where both go steadily up or down with
+        the index, any two such curves correlate) and ``count`` (deciles); NaN where there are fewer than three or
+        the sweep lacks the quantity.
 
         Args:
             metric: which score; by default the first of ``metrics``.
@@ -309,9 +310,12 @@ class SweepTable:
         return metric
 
     def lower_is_better(self, metric: str) -> bool:
-        """Whether a score rises when the model gets worse: a loss, a perplexity."""
+        """Whether a score rises when the model gets worse: a loss, an error, a perplexity, going by a word of its
+        name, or what the sweep was told (``SweepConfig.lower_is_better``)."""
         exponential = any(cell.rows[metric].exponential for cell in self.cells if metric in cell.rows)
-        return exponential or metric.endswith(_LOWER_IS_BETTER)
+        told = _values(self.settings).get("lower_is_better", [])
+        named = any(map(_LOWER_IS_BETTER.fullmatch, re.findall("[a-z]+", metric.lower())))
+        return exponential or named or any(metric in names for names in told)
 
     def __add__(self, other: SweepTable) -> SweepTable:
         """Both sweeps in one table, of other seeds, roles, selections or orders.

@@ -40,6 +40,8 @@ _GREY, _SMALL = "#777777", 7
 _INSET = (0.34, 0.09, 0.44, 0.34)
 #: The share of a panel's height that it takes.
 _INSET_REACH = 0.55
+#: A change so many times the median one leaves nothing to see of the others on a linear axis.
+_FAR_OUT = 50
 #: Blocks named under a panel.
 _MOST_TICKS = 8
 _CONTROL = "random components, as many"
@@ -64,6 +66,7 @@ def changes(table: SweepTable, metric: str | None = None) -> Figure:
     for axes, role in zip(panels, roles, strict=True):
         part = summary[summary["role"] == role]
         _draw_points(axes, part, "change")
+        _fit_scale(axes, part["change"])
         axes.axhline(0, color="black", linestyle="--", linewidth=1.0, label="nothing removed")
         set_labels(axes, role)
         if role in table.profiles:
@@ -190,6 +193,15 @@ def _draw_points(axes: Axes, part: pd.DataFrame, column: str) -> None:
     axes.set_xlim(0.5, len(place) + 0.5)
 
 
+def _fit_scale(axes: Axes, changes: pd.Series) -> None:
+    """A scale logarithmic in the size of a change, linear up to the median, where one dwarfs the others: a perplexity
+    without its first decile does."""
+    sizes = changes.abs()
+    middle = float(sizes[sizes > 0].median())
+    if sizes.max() > _FAR_OUT * middle:
+        axes.set_yscale("symlog", linthresh=middle)
+
+
 def _controls(part: pd.DataFrame, column: str) -> pd.DataFrame:
     """For each selection the mean of its controls, which are drawn once for all of about one size; NaN without any.
 
@@ -214,8 +226,12 @@ def _draw_levels(axes: Axes, table: SweepTable, part: pd.DataFrame) -> None:
 
 def _draw_profile(axes: Axes, p_values: torch.Tensor, part: pd.DataFrame) -> None:
     """The p-values in an inset, on the side to which the scores move; room is made where points are in its way."""
-    low, high = (part["change"] + side * part["error"].fillna(0.0) for side in (-1, 1))
-    bottom, top = axes.get_ylim()
+    # Heights as they are on the page, whatever the scale.
+    scale = axes.yaxis.get_transform()
+    low, high = (
+        pd.Series(scale.transform(part["change"] + side * part["error"].fillna(0.0)), part.index) for side in (-1, 1)
+    )
+    bottom, top = scale.transform(axes.get_ylim())
     falls = -low.min() >= high.max()
     x, y, width, height = _INSET
     count = int((part["control"] == "").sum())
@@ -225,9 +241,10 @@ def _draw_profile(axes: Axes, p_values: torch.Tensor, part: pd.DataFrame) -> Non
     )
     in_the_way = part["selection"].isin(near) | (part["control"] != "")
     if falls:
-        axes.set_ylim(min(bottom, (low[in_the_way].min() - _INSET_REACH * top) / (1 - _INSET_REACH)), top)
+        bottom = min(bottom, (low[in_the_way].min() - _INSET_REACH * top) / (1 - _INSET_REACH))
     else:
-        axes.set_ylim(bottom, max(top, (high[in_the_way].max() - _INSET_REACH * bottom) / (1 - _INSET_REACH)))
+        top = max(top, (high[in_the_way].max() - _INSET_REACH * bottom) / (1 - _INSET_REACH))
+    axes.set_ylim(*scale.inverted().transform(np.array([bottom, top])))
     inset = axes.inset_axes((x, y if falls else 1 - y - height - 0.04, width, height))
     inset.plot(local_mean(p_values)[0].numpy(), color=BLUE, linewidth=0.8)
     inset.axhline(float(p_values.nanmedian()), color="black", linestyle="--", linewidth=0.8)

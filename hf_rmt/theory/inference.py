@@ -103,8 +103,9 @@ class Change:
 
     @property
     def undecided(self) -> bool:
-        """Whether the change is 0 or less than two standard errors away from it, or has none."""
-        return not (self.mean and abs(self.mean) >= DECIDED * self.error)
+        """Whether the change is 0, less than two standard errors away from it, or has no error; or 0 is in the
+        interval, which of few seeds without rows is the wider of the two."""
+        return not (self.mean and abs(self.mean) >= DECIDED * self.error) or self.low <= 0 <= self.high
 
 
 def paired_change(scores: Sequence[Rows], baselines: Sequence[Rows], seed: int = 0) -> Change:

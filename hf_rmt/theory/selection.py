@@ -391,6 +391,8 @@ class Not(Selection):
 def _whole(selection: Selection, name: str) -> int:
     value = getattr(selection, name)
     try:
+        if isinstance(value, bool):  # an index to Python
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{type(selection).__name__}: {name} is {value!r}, which is no whole number") from None

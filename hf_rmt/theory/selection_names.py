@@ -9,15 +9,15 @@ value:       text | field "=" text
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from typing import Any
 
 from hf_rmt.theory import selection as s
 
-_WORDS: dict[str, type[s.Selection]] = {
-    cls.word: cls
-    for cls in (s.Group, s.Rank, s.Top, s.Bottom, s.Mass, s.Outliers, s.Bulk, s.Significant, s.Overlapping, s.Random)
-}
+_KINDS = (s.Group, s.Rank, s.Top, s.Bottom, s.Mass, s.Outliers, s.Bulk, s.Significant, s.Overlapping, s.Random)
+_MAKERS: dict[str, Callable[..., s.Selection]] = {"decile": s.Decile, **{cls.word: cls for cls in _KINDS}}
 _TOKEN = re.compile(r"\s*([()]|[^\s()]+)")
 
 
@@ -87,23 +87,24 @@ class _Reader:
 def _made(word: str, arguments: list[str], inner: s.Selection | None) -> s.Selection:
     positional = [_value(text) for text in arguments if "=" not in text]
     named = {key: _value(value) for key, _, value in (text.partition("=") for text in arguments if "=" in text)}
-    if word == "random":
-        if inner is None:
-            raise ValueError("a random selection says in brackets what it is like, as random:0(decile:3)")
-        return s.Random(inner, *positional, **named)
-    if inner is not None:
+    if word not in _MAKERS:
+        raise ValueError(f"there is no {word!r}; there are {', '.join(_MAKERS)}")
+    if word == "random" and inner is None:
+        raise ValueError("a random selection says in brackets what it is like, as random:0(decile:3)")
+    if word != "random" and inner is not None:
         raise ValueError(f"{word!r} takes no brackets")
-    if word == "decile":
-        return s.Decile(*positional, **named)
-    if word not in _WORDS:
-        raise ValueError(f"there is no {word!r}; there are decile, {', '.join(_WORDS)}")
-    cls = _WORDS[word]
-    if len(positional) > cls.bare or set(named) - {field.name for field in fields(cls)}:  # type: ignore[arg-type]
-        allowed = ", ".join(field.name for field in fields(cls))  # type: ignore[arg-type]
-        raise ValueError(
-            f"{word} takes {allowed}; all but the first {cls.bare} by name, as {allowed.split(', ')[-1]}=..."
-        )
-    return cls(*positional, **named)
+    maker = _MAKERS[word] if inner is None else partial(s.Random, inner)
+    takes, bare = signature(maker), getattr(_MAKERS[word], "bare", 1)
+    try:
+        takes.bind(*positional, **named)
+        fits = len(positional) <= bare
+    except TypeError:
+        fits = False
+    if not fits:
+        names = list(takes.parameters)
+        by_name = f"; all but the first {bare} by name, as {names[-1]}=..." if len(names) > bare else ""
+        raise ValueError(f"{word} takes {', '.join(names)}{by_name}")
+    return maker(*positional, **named)
 
 
 def _value(text: str) -> Any:

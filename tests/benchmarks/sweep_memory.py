@@ -85,7 +85,7 @@ def _section(runs: dict[str, dict[str, Any]]) -> harness.Section:
         floor="The factors, and the originals of what is edited.",
         distance=(
             f"In memory the peak is {harness.number((memory['VmHWM'] - base['VmHWM']) / expected)} times what is held; "
-            "the rest is the workspace of one factorisation."
+            "the rest is the workspace of one factorisation and what the allocator keeps of it."
         ),
         raw=runs,
     )

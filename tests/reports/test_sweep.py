@@ -205,9 +205,24 @@ def test_without_rows_the_seeds_decide() -> None:
     assert set(one["verdict"]) == {"undecided"} and one["error"].isna().all()
 
 
+_SURPRISE = (("none", 0.1), ("decile:1", 0.7))
+
+
+def _of_seed(seed: int, cells: list[Cell]) -> list[Cell]:
+    return [replace(one, seed=seed) for one in cells if one.seed == 0]
+
+
 @pytest.mark.parametrize(
     ("metric", "exponential", "verdict"),
-    [("perplexity", True, "drop"), ("eval_loss", False, "drop"), ("f1", False, "gain")],
+    [
+        ("perplexity", True, "drop"),
+        ("score", True, "drop"),
+        ("eval_loss", False, "drop"),
+        ("eval_wer", False, "drop"),
+        ("error-rate", False, "drop"),
+        ("f1", False, "gain"),
+        ("answer", False, "gain"),  # no word of it says wer
+    ],
 )
 def test_a_perplexity_that_rises_is_a_drop(metric: str, exponential: bool, verdict: str) -> None:
     def one(selection: str, shift: float) -> Cell:
@@ -220,6 +235,14 @@ def test_a_perplexity_that_rises_is_a_drop(metric: str, exponential: bool, verdi
     assert set(table.summary()["verdict"]) == {verdict} and (table.summary()["change"] > 0).all()
     rho = _row(table.correlation(), quantity="p_right", first_decile=True)["rho"]
     assert rho == pytest.approx(-1 if verdict == "drop" else 1)
+
+
+def test_a_sweep_can_be_told_which_scores_should_fall(tmp_path) -> None:
+    cells = [Cell(selection=name, seed=s, scores={"surprise": v + s / 100}) for s in (0, 1) for name, v in _SURPRISE]
+    table = SweepTable(cells, {"lower_is_better": ["surprise"]})
+    for one in (table, SweepTable.load(table.save(tmp_path)), table + SweepTable(_of_seed(2, cells), {})):
+        assert one.lower_is_better("surprise") and set(one.summary()["verdict"]) == {"drop"}
+    assert set(SweepTable(cells, {}).summary()["verdict"]) == {"gain"}
 
 
 def test_an_empty_selection_is_reported() -> None:

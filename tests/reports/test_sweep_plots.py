@@ -140,6 +140,19 @@ def test_a_perplexity_rises_away_from_its_inset() -> None:
     assert figure.axes[0].get_ylabel() == "change of perplexity"
 
 
+def test_a_change_that_dwarfs_the_others_leaves_them_to_be_seen() -> None:
+    levels = {1: 4000.0} | {d: 10.0 + 1.0 / d for d in range(2, 11)}
+    table = SweepTable([*baselines(10.0), *by_decile(levels, 10.2, role="query")], {}, {"query": PROFILE})
+    figure = sweep_plots.changes(table)
+    box, pixels = _box_and_points(figure.axes[0], figure)
+    assert figure.axes[0].get_yscale() == "symlog"
+    assert not any(box.contains(*pixel) for pixel in pixels)
+    low, high = figure.axes[0].transData.transform([(0, y) for y in figure.axes[0].get_ylim()])[:, 1]
+    heights = (points(figure.axes[0])[1][[1, 9]], pixels[[1, 9], 1])
+    assert heights[0][0] > heights[0][1] and heights[1][0] - heights[1][1] > 0.02 * (high - low)
+    assert (low < pixels[:, 1]).all() and (pixels[:, 1] < high).all()
+
+
 def test_other_selections_are_named_under_their_points() -> None:
     cells = [cell("none", 0.8), cell("bottom:0.1", 0.78, role="query"), cell("bottom:0.2", 0.7, role="query")]
     (axes,) = sweep_plots.changes(SweepTable(cells, {})).axes

@@ -217,8 +217,15 @@ def test_other_rows_cannot_be_paired() -> None:
     ],
 )
 def test_undecided_is_below_two_standard_errors(mean: float, error: float, undecided: bool) -> None:
-    change = Change(mean=mean, error=error, low=0, high=0, spread=0, seeds=1)
+    change = Change(mean=mean, error=error, low=mean - 1.9 * error, high=mean + 1.9 * error, spread=0, seeds=1)
     assert change.undecided is undecided
+
+
+def test_undecided_where_two_standard_errors_of_few_seeds_are_too_little() -> None:
+    few = change_of_seeds([0.1, 0.3])
+    assert few.mean == pytest.approx(2 * few.error) and few.low < 0 and few.undecided
+    many = change_of_seeds([0.1, 0.3] * 4)
+    assert many.low > 0 and not many.undecided
 
 
 def test_seeds_alone_give_students_interval() -> None:
