@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hf_rmt.slicing.registering import register_when_loaded
+
 __version__ = "0.1.0"
 
 #: Every public name, and the module that has it; imported when it is first used.
@@ -13,9 +15,12 @@ _PUBLIC = {
     "AnalysisConfig": "hf_rmt.config",
     "AnalysisReport": "hf_rmt.reports.report",
     "Bottom": "hf_rmt.theory.selection",
+    "Branch": "hf_rmt.models.residual_stream",
     "Bulk": "hf_rmt.theory.selection",
     "CollectConfig": "hf_rmt.config",
     "Decile": "hf_rmt.theory.selection",
+    "Energy": "hf_rmt.slicing.keep",
+    "Family": "hf_rmt.models.residual_stream",
     "Group": "hf_rmt.theory.selection",
     "MarchenkoPastur": "hf_rmt.theory.marchenko_pastur",
     "Mass": "hf_rmt.theory.selection",
@@ -30,12 +35,22 @@ _PUBLIC = {
     "SVDPruner": "hf_rmt.pruner",
     "ScaledSoftmaxLoss": "hf_rmt.theory.lazy",
     "Significant": "hf_rmt.theory.selection",
+    "SliceConfig": "hf_rmt.config",
     "SweepConfig": "hf_rmt.config",
     "SweepTable": "hf_rmt.reports.sweep",
     "Top": "hf_rmt.theory.selection",
+    "Width": "hf_rmt.slicing.keep",
     "before_and_after": "hf_rmt.protocol",
+    "collect_stream": "hf_rmt.slicing.calibration",
+    "fuse_norms_": "hf_rmt.slicing.norms",
     "parse_selection": "hf_rmt.theory.selection_names",
+    "project_": "hf_rmt.slicing.masked",
+    "register_family": "hf_rmt.models.families",
+    "rotate_": "hf_rmt.slicing.basis",
+    "slice_": "hf_rmt.slicing.basis",
+    "stream_of": "hf_rmt.models.residual_stream",
     "text_batches": "hf_rmt.models.text",
+    "verify_stream": "hf_rmt.slicing.verify",
 }
 
 __all__ = [
@@ -43,9 +58,12 @@ __all__ = [
     "AnalysisConfig",
     "AnalysisReport",
     "Bottom",
+    "Branch",
     "Bulk",
     "CollectConfig",
     "Decile",
+    "Energy",
+    "Family",
     "Group",
     "MarchenkoPastur",
     "Mass",
@@ -60,19 +78,31 @@ __all__ = [
     "SVDPruner",
     "ScaledSoftmaxLoss",
     "Significant",
+    "SliceConfig",
     "SweepConfig",
     "SweepTable",
     "Top",
+    "Width",
     "__version__",
     "before_and_after",
+    "collect_stream",
+    "fuse_norms_",
     "parse_selection",
+    "project_",
+    "register_family",
+    "rotate_",
+    "slice_",
+    "stream_of",
     "text_batches",
+    "verify_stream",
 ]
 
 if TYPE_CHECKING:
     from hf_rmt.analyzer import RMTAnalyzer
     from hf_rmt.callbacks import RMTCallback
-    from hf_rmt.config import AnalysisConfig, CollectConfig, SweepConfig
+    from hf_rmt.config import AnalysisConfig, CollectConfig, SliceConfig, SweepConfig
+    from hf_rmt.models.families import register_family
+    from hf_rmt.models.residual_stream import Branch, Family, stream_of
     from hf_rmt.models.text import text_batches
     from hf_rmt.protocol import before_and_after
     from hf_rmt.pruner import SVDPruner
@@ -81,6 +111,12 @@ if TYPE_CHECKING:
     from hf_rmt.reports.covariances import ActivationCovariances
     from hf_rmt.reports.report import AnalysisReport
     from hf_rmt.reports.sweep import SweepTable
+    from hf_rmt.slicing.basis import rotate_, slice_
+    from hf_rmt.slicing.calibration import collect_stream
+    from hf_rmt.slicing.keep import Energy, Width
+    from hf_rmt.slicing.masked import project_
+    from hf_rmt.slicing.norms import fuse_norms_
+    from hf_rmt.slicing.verify import verify_stream
     from hf_rmt.theory.lazy import ScaledSoftmaxLoss
     from hf_rmt.theory.marchenko_pastur import MarchenkoPastur
     from hf_rmt.theory.selection import (
@@ -107,3 +143,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_loaded()

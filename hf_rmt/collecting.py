@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_rmt.config import CollectConfig
-from hf_rmt.models.activations import ActivationError, Collector, SharingChangedError, sites_of
+from hf_rmt.models.activations import ActivationError, Collector, SharingChangedError, Site, sites_of
 from hf_rmt.models.batches import Batch, Batches, one_sequence
 from hf_rmt.models.digests import fingerprint_of
 from hf_rmt.models.live import adapters_off, callable_of, is_sharded, unwrap
@@ -33,14 +33,30 @@ _SHARE_OF_MEMORY = 0.5
 
 
 class CollectionRun:
-    """One collection: a model, the matrices whose activations are wanted, and how it is done."""
+    """One collection: a model, the places where its activations are wanted, and how it is done.
 
-    def __init__(self, model: nn.Module, matrices: list[WeightMatrix], config: CollectConfig):
+    Args:
+        model: to be run.
+        matrices: its weights, by which the result is known to be of it; all, or those of interest.
+        config: how it is done.
+        sites: where activations are seen; None for the inputs, and perhaps the outputs, of the matrices.
+    """
+
+    def __init__(
+        self, model: nn.Module, matrices: list[WeightMatrix], config: CollectConfig, sites: list[Site] | None = None
+    ):
         self.model = callable_of(model)
         self.matrices = matrices
         self.config = config
-        encoder_decoder = bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
-        self.sites = {site.key: site for site in sites_of(matrices, encoder_decoder, config.outputs)}
+        if sites is None:
+            encoder_decoder = bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
+            sites = sites_of(matrices, encoder_decoder, config.outputs)
+            self.names = [matrix.name for matrix in matrices]
+        else:
+            self.names = [name for site in sites for name in site.names]
+        self.sites = {site.key: site for site in sites}
+        #: What of the residual stream is summed, where it is seen.
+        self.stream: str | None = None
         self.memory = config.memory or _free_memory(self.model) * _SHARE_OF_MEMORY
         self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         self.as_base = any(not getattr(matrix.load, "adapters", True) for matrix in matrices)
@@ -97,7 +113,8 @@ class CollectionRun:
 
     def _conditions(self) -> dict[str, Any]:
         """What the covariances say about how they came about."""
-        return {"outputs": self.config.outputs, "dropout": self.dropout, "processes": self.processes}
+        common = {"outputs": self.config.outputs, "dropout": self.dropout, "processes": self.processes}
+        return common | {"stream": self.stream}
 
     def _finished(self, folder: Path, identity: dict[str, Any], batches: Batches) -> ActivationCovariances:
         """Covariances that an earlier collection left, if they are of this model and data."""
@@ -269,12 +286,13 @@ class CollectionRun:
                 sides[site.output] |= dict.fromkeys(site.names, keys[key])
         silent = [name for site in self.sites.values() if site.key not in keys for name in site.names]
         self._report_silence(sorted(set(silent) - set(sides[False])), sides[False])
-        order = [matrix.name for matrix in self.matrices]
-        inputs, outputs = ({name: sides[side][name] for name in order if name in sides[side]} for side in (False, True))
+        inputs, outputs = (
+            {name: sides[side][name] for name in self.names if name in sides[side]} for side in (False, True)
+        )
         settings = origin | {
             "tokens": max(moments.tokens for moments in sums.values()),
             "batches": sum(gather(self.count)),
-            "silent": [name for name in order if name not in inputs],
+            "silent": [name for name in self.names if name not in inputs],
             "data": gather(done.chain),
             **self._conditions(),
         }

@@ -11,7 +11,8 @@ from hf_rmt.theory.marchenko_pastur import SIGMA_RULES, SigmaRule, check_sigma
 from hf_rmt.theory.selection import Decile, Selection
 from hf_rmt.theory.tracy_widom import check_rate
 
-Config = TypeVar("Config", "AnalysisConfig", "CollectConfig", "SweepConfig")
+Config = TypeVar("Config", "AnalysisConfig", "CollectConfig", "SweepConfig", "SliceConfig")
+Form = Literal["plain", "registered"]
 Sides = Literal["both", "right", "left", "none"]
 #: Settings that say how the work is done and not what comes out.
 _EXECUTION = ("device", "workers", "progress", "strict")
@@ -185,6 +186,46 @@ class SweepConfig:
         if not found:
             raise ValueError("there is nothing to remove: give selections or deciles")
         return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceConfig:
+    """How a model is sliced; each field is also a keyword of ``SVDPruner.slice``.
+
+    Attributes:
+        form: ``"plain"``, an ordinary model that transformers loads alone, or ``"registered"``, which it loads after
+            ``import hf_rmt``; None for the plain one where the architecture can express the slice.
+        per_block: a basis for each site of the stream, with matrices in the residual connections, as SliceGPT does;
+            else one for the whole model.
+        weigh_readers: which directions are kept depends on what the readers do with them too (``reading_basis``); else
+            on the variance of the stream alone. None for True with one basis, and False per block.
+        predict: readers make out what was cut from what was kept, by least squares (``prediction``); else they take it
+            for zero.
+        multiple_of: the width is rounded down to a multiple of this; None for 8 of a stream of 512 or more.
+        collect: how the calibration data is read; see ``CollectConfig``.
+        progress: show a progress bar; None shows one on a terminal.
+    """
+
+    form: Form | None = None
+    per_block: bool = False
+    weigh_readers: bool | None = None
+    predict: bool = True
+    multiple_of: int | None = None
+    collect: CollectConfig | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.form is not None and self.form not in get_args(Form):
+            raise ValueError(f"form is {self.form!r}: give one of {', '.join(get_args(Form))}, or None")
+        if self.form == "plain" and self.per_block:
+            raise ValueError("matrices in the residual connections have no plain form: give per_block=False")
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise ValueError(f"multiple_of is {self.multiple_of!r}: give at least 1, or None")
+
+    @classmethod
+    def of(cls, config: SliceConfig | None, options: dict[str, Any]) -> SliceConfig:
+        """A configuration with some fields replaced; an unknown field raises a TypeError that lists them."""
+        return _with_options(cls, config, options)
 
 
 def _with_options(cls: type[Config], config: Config | None, options: dict[str, Any]) -> Config:

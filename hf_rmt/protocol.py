@@ -19,7 +19,7 @@ from hf_rmt.pruner import SVDPruner
 from hf_rmt.reports import store
 from hf_rmt.reports.sweep import NONE, Cell, SweepTable
 from hf_rmt.scoring import Scorer
-from hf_rmt.surgery.description import removed_by
+from hf_rmt.subjects import Spectrum, StreamDirections, Streams, Subject
 from hf_rmt.sweeping import Planned, SweepRun, cell_of, weights_digest
 
 if TYPE_CHECKING:
@@ -101,12 +101,13 @@ def _model_of(trainer: Trainer) -> nn.Module:
     return trainer.model
 
 
-def before_and_after(
+def before_and_after(  # noqa: PLR0913
     trainer_of: TrainerOf,
     evaluate: Any = None,
     *,
     seeds: Iterable[int] = range(5),
     orders: Sequence[Order] = ("before", "after"),
+    streams: Streams | None = None,
     folder: str | Path | None = None,
     config: SweepConfig | None = None,
     **options: Any,
@@ -122,6 +123,9 @@ def before_and_after(
         evaluate: as for ``SVDPruner.sweep``; None takes the trainer's own evaluation.
         seeds: one run of everything each.
         orders: both, or one of them.
+        streams: a function of a model that collects its residual stream (``collect_stream``): what is removed are
+            directions of that (Fig. 14), found on the model that they are removed from, instead of singular
+            components. Removed before fine-tuning, they are missing in it too.
         folder: every cell and fine-tuned model is kept here; started again with the same folder, a run that was
             killed goes on, at most one fine-tuning behind. Weights, what is removed, the evaluation, the training's
             settings and some rows of its data are compared with those of the earlier run.
@@ -138,7 +142,8 @@ def before_and_after(
     settings = SweepConfig.of(config, {"roles": "all", **options} if config is None else options)
     place = None if folder is None else Path(folder)
     tables = [
-        _OneSeed(trainer_of, evaluate, SweepConfig.of(settings, {"seed": seed}), place).table(orders) for seed in seeds
+        _OneSeed(trainer_of, evaluate, SweepConfig.of(settings, {"seed": seed}), place, streams).table(orders)
+        for seed in seeds
     ]
     if not tables:
         raise ValueError("there are no seeds: give at least one, as seeds=[0]")
@@ -158,16 +163,21 @@ class _OneSeed:
     evaluate: Any
     config: SweepConfig
     folder: Path | None
+    streams: Streams | None
+
+    def subject(self, pruner: SVDPruner) -> Subject:
+        """What is taken out of a model."""
+        return Spectrum(pruner) if self.streams is None else StreamDirections(pruner, self.streams)
 
     def table(self, orders: Sequence[Order]) -> SweepTable:
         """The cells of this seed; the baseline is measured once for both orders."""
         trainer = _trained(self.trainer_of, self.config.seed, self.folder)
-        pruner = SVDPruner(_model_of(trainer), progress=self.config.progress)
+        subject = self.subject(SVDPruner(_model_of(trainer), progress=self.config.progress))
         scored_by = trainer if self.evaluate is None else self.evaluate
-        table = self._run(_BaselineRun(pruner, scored_by, self.config), "baseline")
+        table = self._run(_BaselineRun(subject, scored_by, self.config), "baseline")
         baseline = table.cells[0]
         if "after" in orders:
-            after = SweepRun(pruner, scored_by, self.config, baseline)
+            after = SweepRun(subject, scored_by, self.config, baseline)
             table = table + _in_order(self._run(after, "after"), "after")
         if "before" in orders:
             table = table + _in_order(self._run(_FineTuningRun(self, baseline), "before"), "before")
@@ -197,7 +207,7 @@ class _FineTuningRun(SweepRun):
         self.one = one
         trainer = one.trainer_of(one.config.seed)
         self.training = training_digest(trainer)
-        super().__init__(self._pruner(trainer), self._scored_by(trainer), one.config, baseline)
+        super().__init__(one.subject(self._pruner(trainer)), self._scored_by(trainer), one.config, baseline)
         self.in_step = self.processes > 1  # which train together
 
     def identity(self) -> dict[str, Any]:
@@ -214,12 +224,11 @@ class _FineTuningRun(SweepRun):
         if planned.selection is None:
             return super()._cell(planned)
         trainer = self.one.trainer_of(self.config.seed)
-        pruner = self._pruner(trainer)
-        pruner.editor.store.adopt(self.editor.store)
-        edit = pruner.remove(planned.selection, **planned.place)
+        subject = self.subject.again(self._pruner(trainer))
+        edit = subject.remove(planned.selection, planned.place)
         trainer.train()
         scores = Scorer(self._scored_by(trainer), _model_of(trainer))()
-        return cell_of(planned, scores, self.config.seed, removed_by(edit, pruner.editor), "before")
+        return cell_of(planned, scores, self.config.seed, subject.description(edit), "before")
 
 
 def _in_order(table: SweepTable, order: Order) -> SweepTable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from torch import nn
 
-    from hf_rmt.config import SweepConfig
+    from hf_rmt.config import SliceConfig, SweepConfig
     from hf_rmt.reports.covariances import ActivationCovariances
     from hf_rmt.reports.sweep import SweepTable
+    from hf_rmt.slicing.keep import Keep
+    from hf_rmt.slicing.masked import Projection, StreamComponents
 
 
 class SVDPruner:
@@ -71,6 +73,7 @@ class SVDPruner:
         bases = None if covariances is None else EigenbasisPool(covariances, self.matrices).of
         store = FactorStore(self.matrices, settings, place, bases)
         self.editor = Editor(self.matrices, store, Originals(place))
+        self._projections: list[Projection] = []
 
     def analysis_identity(self) -> dict[str, Any]:
         """What selections by p-value or overlap depend on, beside the weights; fit for JSON."""
@@ -79,7 +82,7 @@ class SVDPruner:
         return draws | {"covariances": self._covariances}
 
     def __repr__(self) -> str:
-        edits = "; ".join(map(str, self.edits)) or "nothing"
+        edits = "; ".join(map(str, (*self.edits, *self.projections))) or "nothing"
         return f"SVDPruner({self.origin['model']!r}, {len(self.matrices)} matrices, removed: {edits})"
 
     @property
@@ -138,16 +141,90 @@ class SVDPruner:
             if any(edit is known for known in self.edits):  # the body may have undone it
                 self.undo(edit)
 
-    def undo(self, edit: Edit) -> None:
-        """Undo one edit; the others stay.
+    def project(self, selection: Selection, *, streams: ActivationCovariances) -> Projection:
+        """Hide directions of the residual stream from all norms that look at it, reversibly (paper App. F, Fig. 14).
+
+        Weights and shapes stay as they are. Each norm sees the stream projected onto the eigenvectors of its
+        covariance there, without the selected ones.
+
+        Args:
+            selection: of these eigenvectors, by number or size: ``Group(10, of=10)`` is the tenth with the smallest
+                eigenvalues. ``Random(like, seed)`` is as many random directions.
+            streams: from ``collect_stream(model, data)``.
+
+        Returns:
+            The projection, to be undone by ``undo`` or ``restore``.
+
+        Raises:
+            ValueError: the residual stream of this kind of model is not declared; covariances of another stream or
+                other weights; a selection that eigenvectors have not, as ``Outliers``; a compiled model.
+        """
+        from hf_rmt.models.residual_stream import stream_of
+        from hf_rmt.slicing.calibration import refuse_other_weights
+        from hf_rmt.slicing.masked import components_of
+
+        refuse_other_weights(self.model, streams)
+        return self.hide(components_of(stream_of(self.model), streams), selection)
+
+    def hide(self, components: Sequence[StreamComponents], selection: Selection) -> Projection:
+        """``project`` with eigenvectors that are known."""
+        from hf_rmt.models.residual_stream import stream_of
+        from hf_rmt.slicing.masked import hide_, refuse_compiled
+
+        refuse_compiled(self.model)
+        projection = hide_(stream_of(self.model), components, selection)
+        self._projections.append(projection)
+        return projection
+
+    @contextlib.contextmanager
+    def projected(self, selection: Selection, *, streams: ActivationCovariances) -> Iterator[Projection]:
+        """The same for a while. Arguments and errors as for ``project``."""
+        projection = self.project(selection, streams=streams)
+        try:
+            yield projection
+        finally:
+            projection.undo()
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Projections of the residual stream in place, in the order in which they were made."""
+        return tuple(projection for projection in self._projections if projection.active)
+
+    def slice(self, keep: Keep, calibration: Any, *, config: SliceConfig | None = None, **options: Any) -> Any:
+        """A smaller copy of the model, whose residual stream has fewer dimensions (SliceGPT); the model stays.
+
+        Args:
+            keep: a share of the parameters as a float, ``Width(share)`` or ``Energy(share)``.
+            calibration: texts or batches, as for ``RMTAnalyzer.collect``, or what ``collect_stream`` made of them.
+            config, **options: see ``SliceConfig``: ``per_block=True``, ``form="plain"``, ...
+
+        Returns:
+            A model of the same class; its attribute ``sliced`` says what was kept, and in which form it is.
+
+        Raises:
+            ValueError: the model has edits in place; else as ``slice_model``.
+        """
+        from hf_rmt.slicing.slicer import slice_model
+
+        if self.edits or self.projections:
+            raise ValueError(
+                f"the model is edited ({self!r}): restore() it, or slice a copy that save_pretrained has written"
+            )
+        return slice_model(self.model, keep, calibration, config=config, **options)
+
+    def undo(self, edit: Edit | Projection) -> None:
+        """Undo one edit or projection; the others stay.
 
         Raises:
             ValueError: it is not in place, or its weights were changed since.
         """
-        self.editor.drop([edit])
+        if any(edit is known for known in self.projections):
+            edit.undo()  # type: ignore[union-attr]
+        else:
+            self.editor.drop([edit])  # type: ignore[list-item]
 
     def restore(self, *, discard_changes: bool = False) -> None:
-        """Undo all edits: every weight is back to the bit.
+        """Undo all edits and projections: every weight is back to the bit.
 
         Args:
             discard_changes: also where edited weights were changed since, as by training.
@@ -156,6 +233,8 @@ class SVDPruner:
             ValueError: they were, and ``discard_changes`` is not given.
         """
         self.editor.drop(self.edits, discard_changes)
+        for projection in self.projections:
+            self.undo(projection)
 
     def affected(self) -> pd.DataFrame:
         """What the edits in place have taken from each matrix that they touch.
@@ -171,6 +250,7 @@ class SVDPruner:
         self,
         evaluate: Any,
         *,
+        streams: ActivationCovariances | None = None,
         folder: str | Path | None = None,
         config: SweepConfig | None = None,
         **options: Any,
@@ -184,6 +264,8 @@ class SVDPruner:
             evaluate: a function of the model that returns a number or a dict of numbers, as
                 ``hf_rmt.evaluation.Accuracy(rows)``, which gives every row's part too; or a Trainer of the same
                 model; or the ``compute`` of an Evaluator with its data, by ``functools.partial``.
+            streams: from ``collect_stream``: what is removed are directions of the residual stream, as by ``project``
+                (Fig. 14), instead of singular components.
             folder: cells are written here as they are measured, and the table at the end; started again with the
                 same folder, a sweep that was killed goes on.
             config: the grid; see ``SweepConfig``.
@@ -196,9 +278,11 @@ class SVDPruner:
             Exception: whatever ``evaluate`` raises; the model is back to the bit then, and finished cells are kept.
         """
         from hf_rmt.config import SweepConfig
+        from hf_rmt.subjects import Spectrum, StreamDirections
         from hf_rmt.sweeping import SweepRun
 
-        run = SweepRun(self, evaluate, SweepConfig.of(config, options))
+        subject = Spectrum(self) if streams is None else StreamDirections(self, streams)
+        run = SweepRun(subject, evaluate, SweepConfig.of(config, options))
         return run.table() if folder is None else run.in_folder(Path(folder))
 
     def save_pretrained(
@@ -228,6 +312,7 @@ class SVDPruner:
         """
         from hf_rmt import hub
 
+        self._refuse_projected()
         return hub.save(self, folder, tokenizer=tokenizer, metrics=metrics, overwrite=overwrite)
 
     def push_to_hub(  # noqa: PLR0913
@@ -264,7 +349,12 @@ class SVDPruner:
         how = hub.Push(
             private=private, revision=revision, token=token, commit_message=commit_message, create_pr=create_pr
         )
+        self._refuse_projected()
         return hub.push(self, repo_id, tokenizer=tokenizer, metrics=metrics, how=how)
+
+    def _refuse_projected(self) -> None:
+        if self.projections:
+            raise ValueError("projections of the residual stream are no weights: restore() the model, or slice() it")
 
 
 def _one_of(selection: Selection | None, keep: Selection | None) -> Selection:

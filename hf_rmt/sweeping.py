@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from hf_rmt.config import SweepConfig
 from hf_rmt.evaluation import Scores
 from hf_rmt.models.digests import digest_of, text_digest, value_digest
 from hf_rmt.models.live import is_sharded, unwrap
-from hf_rmt.models.matrices import WeightMatrix, select
+from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.processes import alone, broadcast, by_the_first, gather, raise_together, rank_and_count
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
 from hf_rmt.reports.sweep import NONE, Cell, SweepTable, of_same_size
 from hf_rmt.run import versions
 from hf_rmt.scoring import Scorer
-from hf_rmt.surgery.description import p_value_profiles, removed_by
+from hf_rmt.subjects import Place, Subject, removed
 from hf_rmt.theory.selection import Random, Selection
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from hf_rmt.pruner import SVDPruner
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,9 @@ class Planned:
     control: str = ""
 
     @property
-    def place(self) -> dict[str, Any]:
-        """Where it removes, as the pruner is told."""
-        return {"roles": self.role, "blocks": self.block}
+    def place(self) -> Place:
+        """Where it removes."""
+        return self.role, self.block
 
     @property
     def name(self) -> str:
@@ -53,7 +49,7 @@ class SweepRun:
     """One sweep over a model.
 
     Args:
-        pruner: of the model; its edits in place stay and are part of the baseline.
+        subject: what it takes parts out of; edits in place stay and are part of the baseline.
         evaluate: see ``Scorer``.
         config: the grid.
         baseline: the cell in which nothing is removed, where it was measured before.
@@ -63,34 +59,33 @@ class SweepRun:
         TypeError: ``evaluate`` scores no model.
     """
 
-    def __init__(self, pruner: SVDPruner, evaluate: Any, config: SweepConfig, baseline: Cell | None = None):
-        self.pruner = pruner
-        self.editor = pruner.editor
+    def __init__(self, subject: Subject, evaluate: Any, config: SweepConfig, baseline: Cell | None = None):
+        self.subject = subject
+        self.pruner = subject.pruner
         self.config = config
-        self.scorer = Scorer(evaluate, pruner.model)
-        self.matrices = pruner.matrices
+        self.scorer = Scorer(evaluate, self.pruner.model)
         self.rank, self.processes = rank_and_count()
         # Where all processes have to run a model or a Trainer together, all take every cell.
-        self.in_step = self.processes > 1 and (self.scorer.in_step or _runs_together(pruner.model))
+        self.in_step = self.processes > 1 and (self.scorer.in_step or _runs_together(self.pruner.model))
         self.baseline = baseline
-        self.places = self._places()
+        self.places = subject.places(config)
 
     # The grid
 
     @functools.cached_property
     def cells(self) -> list[Planned]:
-        """The baseline and every cell, each once; this factors the matrices, as some selections ask for.
+        """The baseline and every cell, each once; for that, weights are factored, as some selections ask for it.
 
         Raises:
             ValueError: weights cannot be factored, or have not what is selected.
         """
         cells, places = [Planned()], self.places
-        self._factor(sorted({index for place in places for index in self._indices(*place)}))
+        self.subject.prepare(places)
         for role, block in places:
             sizes: list[int] = []
             for selection in self.config.chosen():
                 cells.append(Planned(selection, role, block))
-                size = self._size(selection, role, block)
+                size = self.subject.size(selection, (role, block))
                 if size and not any(of_same_size(size, other) for other in sizes):
                     sizes.append(size)
                     draws = [Random(selection, draw) for draw in range(self.config.controls)]
@@ -99,46 +94,6 @@ class SweepRun:
         for cell in cells:
             planned.setdefault((cell.name, cell.role, cell.block), cell)
         return list(planned.values())
-
-    def _factor(self, indices: list[int]) -> None:
-        """Factor what is not factored yet; of several processes that keep factors in a folder, the first writes."""
-        factors = self.editor.store
-        if self.processes > 1 and factors.folder is not None and not is_sharded(unwrap(self.pruner.model)):
-            by_the_first(lambda: factors.prepare(indices))
-        factors.prepare(indices)
-
-    def _places(self) -> list[tuple[str, int | None]]:
-        """Roles and blocks, those pairs of them that have matrices."""
-        roles, blocks = self.config.roles, self.config.blocks
-        if roles == "each":
-            chosen = list(dict.fromkeys(matrix.role for matrix in self.matrices))
-        else:
-            chosen = [roles] if isinstance(roles, str) else list(roles)
-        numbers: Sequence[int | None] = [None]
-        if blocks != "together":
-            known = sorted({matrix.block for matrix in self.matrices if matrix.block is not None})
-            numbers = known if blocks == "each" else [int(block) for block in blocks]
-        for block in numbers:
-            self._of("all", block)
-        every = "each" not in (roles, blocks)  # of what was asked for by name each pair has to be there
-        places = []
-        for role in chosen:
-            there = {None, *(matrix.block for matrix in self._of(role))}
-            places += [(role, block) for block in numbers if every or block in there]
-        if not places:
-            raise ValueError(f"roles={roles!r} and blocks={blocks!r} name no matrices: give some of each")
-        return places
-
-    def _of(self, role: str, block: int | None = None) -> list[WeightMatrix]:
-        return select(self.matrices, None if role == "all" else role, block)
-
-    def _indices(self, role: str, block: int | None) -> list[int]:
-        return [self.editor.index[matrix.name] for matrix in self._of(role, block)]
-
-    def _size(self, selection: Selection, role: str, block: int | None) -> int:
-        """How many components a selection has in the matrices of a place."""
-        factored = [self.editor.store[index] for index in self._indices(role, block)]
-        return sum(int(selection.mask(one).sum()) for one in factored)
 
     # Measuring
 
@@ -241,15 +196,11 @@ class SweepRun:
         """Measure one cell."""
         if planned.selection is None and self.baseline is not None:
             return self.baseline
-        removed: dict[str, float] = {}
         with contextlib.nullcontext() if self.in_step else alone():
             if planned.selection is None:
-                scores = self.scorer()
-            else:
-                with self.pruner.removed(planned.selection, **planned.place) as edit:
-                    scores = self.scorer()
-                removed = removed_by(edit, self.editor)
-        return cell_of(planned, scores, self.config.seed, removed)
+                return cell_of(planned, self.scorer(), self.config.seed, {})
+            with removed(self.subject, planned.selection, planned.place) as description:
+                return cell_of(planned, self.scorer(), self.config.seed, description)
 
     # Results
 
@@ -257,19 +208,20 @@ class SweepRun:
         settings = self.pruner.origin | {"versions": versions(), "identity": identity}
         settings["lower_is_better"] = list(self.config.lower_is_better)
         ordered = [cells[index] for index in range(len(self.cells))]
-        return SweepTable(ordered, settings, p_value_profiles(self.editor.store))
+        return SweepTable(ordered, settings, self.subject.profiles())
 
     def identity(self) -> dict[str, Any]:
         """What a folder must have been made for."""
         return {
-            "weights": weights_digest(self.pruner.model, self.matrices),
+            "weights": weights_digest(self.pruner.model, self.pruner.matrices),
             "selections": [str(selection) for selection in self.config.chosen()],
             "places": [[role, block] for role, block in self.places],
             "controls": self.config.controls,
             "seed": self.config.seed,
             "edits": [[str(edit), value_digest(edit.masks)] for edit in self.pruner.edits],
-            "analysis": self.pruner.analysis_identity(),
+            "projections": [[str(one), one.digest] for one in self.pruner.projections],
             "evaluation": self.scorer.identity(),
+            **self.subject.identity(),
         }
 
 

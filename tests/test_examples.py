@@ -111,6 +111,18 @@ def test_before_and_after_and_then_by_role(
     assert len(SweepTable.load(roles)) == len(by_role) and (roles / "fig07_changes.png").is_file()
 
 
+def test_directions_of_the_stream(reviews: Path, encoder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "streams"
+    options = [*arguments(reviews, encoder, out), "--controls", "1", "--calibration", "64"]
+    table = script("stream_deciles").main(options)
+    found = {(cell.order, cell.selection) for cell in table if cell.selection != "none"}
+    assert len(found) == len(table) - 1 and {order for order, _ in found} == {"before", "after"}
+    assert {cell.role for cell in table if cell.selection != "none"} == {"stream"}
+    assert len({cell.removed["mass"] for cell in table if cell.order == "before"}) == 12  # two sizes of groups
+    assert f"picture: {out / 'fig14_before_and_after.png'}" in capsys.readouterr().out
+    assert (out / "fig14_before_and_after.png").is_file() and not list(out.glob("fig0*"))
+
+
 def test_the_accuracy_of_the_dev_rows_is_among_that_of_all(reviews: Path, encoder: Path, tmp_path: Path) -> None:
     fine_tuning = script("fine_tuning")
     options = fine_tuning.parser_of("", "out").parse_args(arguments(reviews, encoder, tmp_path / "out"))
@@ -160,6 +172,22 @@ def llama(tmp_path: Path) -> Path:
         matrix.write(matrix.read() + 0.03 * spikes)
     net.save_pretrained(folder)
     return folder
+
+
+def test_a_slice_recovers(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = torch.randint(3, 6, (40, 12), generator=torch.Generator().manual_seed(1))
+    for name, rows in (("train", ids[:32]), ("test", ids[32:])):
+        save_file({"input_ids": rows}, tmp_path / f"{name}.safetensors")
+    files = [str(llama), str(tmp_path / "train.safetensors"), str(tmp_path / "test.safetensors")]
+    out = tmp_path / "recovered"
+    found = script("recover").main([*files, "--keep", "0.7", "--epochs", "6", "--rate", "1e-2", "--out", str(out)])
+    assert found["recovered"] < found["sliced"] and found["recovered"] < found["whole"]  # which had learned nothing
+    saved = LlamaForCausalLM.from_pretrained(out)
+    assert Perplexity(ids[32:].tolist())(saved)["perplexity"] == pytest.approx(found["recovered"], rel=1e-5)
+    assert sum(p.numel() for p in saved.parameters()) <= 0.7 * sum(
+        p.numel() for p in LlamaForCausalLM.from_pretrained(llama).parameters()
+    )
+    assert "plain slice: width" in capsys.readouterr().out
 
 
 def test_perplexity(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,15 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from hf_rmt import Decile, SVDPruner, SweepTable, before_and_after, parse_selection
+from hf_rmt import (
+    ActivationCovariances,
+    Decile,
+    SVDPruner,
+    SweepTable,
+    before_and_after,
+    collect_stream,
+    parse_selection,
+)
 from hf_rmt.evaluation import Accuracy, Scores, accuracy_metric
 from hf_rmt.processes import gather, rank_and_count
 from hf_rmt.protocol import fine_tuned
@@ -147,6 +155,30 @@ def test_scores_are_those_by_hand(trainer_of: Maker, accuracy: Accuracy) -> None
     assert frame.groupby("seed")["baseline"].nunique().eq(1).all()
     assert (frame[frame["order"] == "after"]["change"] < 0).any(), "something was lost"
     assert table.summary().groupby(["order", "selection"]).size().eq(1).all()
+
+
+def test_directions_of_the_stream_by_hand(trainer_of: Maker, accuracy: Accuracy, tmp_path: Path) -> None:
+    def streams(model: nn.Module) -> ActivationCovariances:
+        return collect_stream(model, [{"input_ids": torch.stack([row["input_ids"] for row in rows(64, 0)])}])
+
+    options: dict[str, Any] = dict(seeds=[0], controls=1, streams=streams, folder=tmp_path / "run", **_GRID)
+    table = before_and_after(trainer_of, accuracy, **options)
+    named = {(cell.order, cell.selection): cell for cell in table}
+    assert {cell.role for cell in table if cell.selection != "none"} == {"stream"} and len(table) == 5
+    trained = len(trainer_of.trained)
+    assert_same(before_and_after(trainer_of, accuracy, **options), table)
+    assert len(trainer_of.trained) == trained == 3
+    for name in ("decile:1", "random:0(decile:1)"):
+        after = fine_tuned(trainer_of, 0)
+        SVDPruner(after).project(parse_selection(name), streams=streams(after))
+        assert named["after", name].scores == accuracy(after)
+        trainer = trainer_of(0)
+        assert trainer.model is not None
+        projection = SVDPruner(trainer.model).project(parse_selection(name), streams=streams(trainer.model))
+        trainer.train()
+        assert named["before", name].scores == accuracy(trainer.model)
+        assert named["before", name].removed["components"] == 3 * 4 and named["before", name].removed["of"] == 3 * 32
+        assert named["before", name].removed["mass"] == pytest.approx(sum(projection.energy.values()) / 3)
 
 
 def test_p_values_over_the_index_are_of_the_fine_tuned_model(trainer_of: Maker, accuracy: Accuracy) -> None:

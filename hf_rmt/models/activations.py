@@ -51,6 +51,7 @@ class Site:
         rows: rows of a fused weight, whose outputs are seen; None for all.
         expert: name of the stacked parameter and number of the expert, or None.
         names: the matrices whose activations these are.
+        prepare: what is done to the rows ``(tokens, n)`` before they are summed; None for nothing.
     """
 
     key: str
@@ -62,6 +63,7 @@ class Site:
     rows: Any = None
     expert: tuple[str, int] | None = None
     names: list[str] = field(default_factory=list)
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def sites_of(matrices: list[WeightMatrix], encoder_decoder: bool, outputs: bool = False) -> list[Site]:
@@ -288,7 +290,7 @@ class Collector:
         if self._masks.misfit:
             self.unfit.add(site.names[0])
         try:
-            total.add(tokens)
+            total.add(tokens if site.prepare is None else site.prepare(tokens))
         except FloatingPointError as error:
             where = "is put out by" if site.output else "enters"
             raise ActivationError(

@@ -84,9 +84,20 @@ class Batches:
                 f"batch {number} has none of the inputs of {type(self.inner).__name__}: "
                 f"it holds {', '.join(map(str, batch)) or 'nothing'}, the model takes {main or ', '.join(parameters)}"
             )
+        self._refuse_unknown_tokens(chosen.get("input_ids"), number)
         device = _input_device(self.inner)
         chosen = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in chosen.items()}
         return self._economies(parameters, chosen) | chosen
+
+    def _refuse_unknown_tokens(self, ids: Any, number: int) -> None:
+        """Raise where a token is none of the model's: on a GPU that would end the process."""
+        embeddings = getattr(self.inner, "get_input_embeddings", lambda: None)() if ids is not None else None
+        count = getattr(getattr(embeddings, "weight", None), "shape", (0,))[0]
+        if isinstance(ids, torch.Tensor) and ids.numel() and count and int(ids.max()) >= count:
+            raise ValueError(
+                f"batch {number} holds the token {int(ids.max())}, and {type(self.inner).__name__} knows {count}: give "
+                "it what its own tokenizer makes"
+            )
 
     def _economies(self, parameters: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments that spare work of which nothing is seen: a cache, and logits of every token."""

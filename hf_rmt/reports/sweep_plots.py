@@ -149,9 +149,10 @@ def draw_all(table: SweepTable, folder: Path, metric: str | None = None) -> list
         ValueError: no such metric.
     """
     table.main_metric(metric)
+    streams = {cell.role for cell in table if cell.place != ("", "all", None)} == {"stream"}
     drawings: dict[str, Callable[[SweepTable], Figure]] = {
-        "fig07_changes": partial(changes, metric=metric),
-        "fig08_before_and_after": partial(before_and_after, metric=metric),
+        "fig14_changes" if streams else "fig07_changes": partial(changes, metric=metric),
+        "fig14_before_and_after" if streams else "fig08_before_and_after": partial(before_and_after, metric=metric),
         "changes_by_block": partial(by_block, metric=metric),
     }
     folder.mkdir(parents=True, exist_ok=True)

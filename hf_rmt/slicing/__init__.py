@@ -1,0 +1,1 @@
+"""The residual stream in another basis, and with fewer dimensions."""

@@ -1,0 +1,221 @@
+"""Norms of the residual stream give their gains away, so that the stream can be rotated (Ashkboos et al. 2024).
+
+After ``fuse_norms_`` a norm only divides by a length, which no rotation of the stream changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_rmt.models.live import unwrap
+from hf_rmt.models.residual_stream import (
+    Family,
+    OutputSlot,
+    Reader,
+    Stream,
+    StreamSite,
+    StreamTensor,
+    stream_of,
+)
+from hf_rmt.models.stream_modules import StreamNorm, add_shortcuts
+
+
+def fuse_norms_(model: Any, family: Family | None = None) -> Stream:
+    """Move the gains of all norms of the residual stream into what reads it, in place; the model computes the same.
+
+    Readers take the gains into their columns, and what a LayerNorm adds into their biases, which are made where there
+    are none. What writes to the stream of a model with LayerNorms loses its mean. A norm on the output of a sublayer
+    keeps its gain in a matrix behind it. The head is untied from the embeddings. On a norm that sits on the residual
+    connection (BERT) its gain stays there, in a matrix of the block.
+
+    Args:
+        model: of transformers, with its weights in memory; changed in place.
+        family: its declaration, where the library has none.
+
+    Returns:
+        The stream, whose norms are ``StreamNorm``.
+
+    Raises:
+        ValueError: there is no declaration, or it does not fit; the model was fused before, or its weights cannot be
+            changed (see ``refuse``). It is then as it was.
+    """
+    refuse(unwrap(model))
+    stream = stream_of(model, family)
+    _check(stream)
+    with torch.no_grad():
+        untie_(stream.model)
+        if stream.family.norm == "layernorm":
+            _centre(stream)
+        if stream.family.post_norm:
+            _add_shortcuts(stream)
+        for site in stream.sites:
+            _fuse_site(stream, site)
+        for site in stream.sites:
+            for output in site.outputs:
+                output.put(_with_gain(stream, output).train(output.module.training))
+    return stream
+
+
+def refuse(model: Any) -> None:
+    """Raise where the residual stream of a model cannot be worked on.
+
+    Raises:
+        ValueError: not of transformers; sliced or quantised; offloaded, dispatched or sharded; with adapters; or with
+            a module that stands at two places.
+    """
+    name = type(model).__name__
+    if not hasattr(model, "config") or not hasattr(model, "base_model"):
+        raise ValueError(f"{name} is no model of transformers, whose residual stream could be known")
+    if getattr(model, "sliced", None) is not None or getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantised or sliced already: take the original model")
+    parameters, modules = dict(model.named_parameters()), list(model.named_modules(remove_duplicate=False))
+    twice = [path for path, module in modules if sum(module is other for _, other in modules) > 1]
+    reasons = {
+        "its weights are offloaded or were never loaded": any(p.device.type == "meta" for p in parameters.values()),
+        "it is dispatched over devices by accelerate: load it without a device_map": any(
+            hasattr(module, "_hf_hook") for _, module in modules
+        ),
+        "its weights are sharded over processes": any(hasattr(p, "full_tensor") for p in parameters.values()),
+        "it has adapters: merge them first": any("lora_" in key or ".base_layer." in key for key in parameters),
+        "its weights are not floating-point numbers": not all(p.is_floating_point() for p in parameters.values()),
+        f"the modules {' and '.join(twice[:2])} are one, and what is tied so cannot be untied": bool(twice),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(f"the residual stream of {name} cannot be changed: {'; '.join(found)}")
+
+
+def _check(stream: Stream) -> None:
+    """Raise what would be raised in the middle."""
+    name = type(stream.model).__name__
+    for site in stream.sites:
+        if any(isinstance(slot.module, StreamNorm) for slot in site.slots):
+            raise ValueError(f"the norms of this {name} were fused before")
+        biases = [gain_of(slot.module, stream.family, stream.width)[1] for slot in site.slots]
+        if not any(bias is not None and bool(bias.any()) for bias in biases[: len(site.norms)]):
+            continue
+        placeless = [reader for slot in site.norms for reader in slot.readers if reader.bias is None]
+        if placeless:
+            kind = type(placeless[0].weight.module).__name__
+            raise ValueError(f"{name}: {kind} at {site.key} has no place for a bias, and the norm before it adds one")
+        if stream.family.post_norm and site.block is not None:
+            following = stream.sites[stream.sites.index(site) + 1]
+            if not any(tensor.name == "bias" for tensor in following.writers):
+                raise ValueError(
+                    f"{name}: nothing at {following.key} has a bias, to which the norm before it could give its own"
+                )
+
+
+def untie_(model: Any) -> list[str]:
+    """Give every module that shares a parameter with another one of its own, in place; returns their names."""
+    seen: dict[int, str] = {}
+    untied = []
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in seen:
+            path, _, own = name.rpartition(".")
+            setattr(model.get_submodule(path), own, nn.Parameter(parameter.clone(), parameter.requires_grad))
+            untied.append(name)
+        seen[id(parameter)] = name
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    return untied
+
+
+def gain_of(norm: nn.Module, family: Family, width: int) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+    """Gain ``(D,)`` and bias ``(D,)`` of a norm in float64, and its eps."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    gain = torch.ones(width, dtype=torch.float64) if weight is None else weight.detach().double()
+    gain = gain + 1 if family.norm == "rms_plus_one" and weight is not None else gain
+    eps = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
+    if eps is None:
+        raise ValueError(f"{type(norm).__name__} has no eps, so it is no norm that can be fused")
+    return gain, None if bias is None else bias.detach().double(), float(eps)
+
+
+def _centre(stream: Stream) -> None:
+    """Take the mean over the stream out of all that is written to it, where a LayerNorm looks at it."""
+    for site in stream.sites:
+        if stream.family.post_norm and not site.norms:
+            continue
+        for tensor in site.writers:
+            value = _value(tensor)
+            _store(tensor, value - value.mean(tensor.axis, keepdim=True))
+
+
+def _add_shortcuts(stream: Stream) -> None:
+    """The residual connections of a post-norm model, which are to carry gains."""
+    for block in stream.blocks:
+        add_shortcuts(block, stream.family, [(stream.width, stream.width)] * len(stream.family.steps))
+
+
+def _fuse_site(stream: Stream, site: StreamSite) -> None:
+    for slot in site.norms:
+        gain, bias, eps = gain_of(slot.module, stream.family, stream.width)
+        like = next(slot.module.parameters(), next(stream.model.parameters()))
+        last = site.block is None
+        change = (stream.width, stream.width) if last and stream.headless else None
+        norm = StreamNorm(stream.width, eps, change, bias is not None).to(like.device, like.dtype)
+        if norm.change is not None:
+            norm.change.weight.copy_(torch.diag(gain))
+            if bias is not None:
+                norm.change.bias.copy_(bias)
+        for reader in slot.readers:
+            _absorb(reader, gain, bias)
+        if stream.family.post_norm and not last:
+            _into_residual(stream, site, gain, bias)
+        slot.put(norm.train(slot.module.training))
+    if stream.family.post_norm and not site.norms and site.block is not None:
+        _into_residual(stream, site, torch.ones(stream.width, dtype=torch.float64), None)
+
+
+def _absorb(reader: Reader, gain: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """``W <- W diag(g)``, ``b <- b + W beta``."""
+    weight = _value(reader.weight)
+    along = weight.movedim(reader.weight.axis, -1)
+    if bias is not None and bool(bias.any()):
+        shift = along @ bias
+        assert reader.bias is not None
+        known = reader.bias.value
+        _store(reader.bias, shift if known is None else known.double() + shift)
+    _store(reader.weight, (along * gain).movedim(-1, reader.weight.axis))
+
+
+def _into_residual(stream: Stream, site: StreamSite, gain: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """The residual connection behind a norm that sits on it carries its gain, and the next writer adds its bias."""
+    assert site.block is not None
+    following = stream.sites[stream.sites.index(site) + 1]
+    matrix, shift = torch.diag(gain), bias
+    if stream.family.norm == "layernorm":
+        matrix = matrix - matrix.mean(1, keepdim=True)
+        shift = None if bias is None else bias - bias.mean()
+    shortcut: Any = stream.blocks[site.block].shortcuts[site.step]  # type: ignore[index]
+    shortcut.weight.copy_(matrix.mT)
+    if shift is not None:
+        target = next((tensor for tensor in following.writers if tensor.name == "bias"), None)
+        if target is not None:  # else it is zero
+            _store(target, _value(target) + shift)
+
+
+def _with_gain(stream: Stream, output: OutputSlot) -> StreamNorm:
+    """A norm on the output of a sublayer, its gain in a matrix."""
+    gain, bias, eps = gain_of(output.module, stream.family, stream.width)
+    like = next(output.module.parameters(), next(stream.model.parameters()))
+    norm = StreamNorm(stream.width, eps, (stream.width, stream.width), bias is not None).to(like.device, like.dtype)
+    assert norm.change is not None
+    norm.change.weight.copy_(torch.diag(gain))
+    if bias is not None:
+        norm.change.bias.copy_(bias)
+    return norm
+
+
+def _value(tensor: StreamTensor) -> torch.Tensor:
+    value = tensor.value
+    assert value is not None
+    return value.detach().double()
+
+
+def _store(tensor: StreamTensor, value: torch.Tensor) -> None:
+    tensor.replace(value)
