@@ -30,7 +30,7 @@ from hf_rmt.tasks import TASKS, TokenRows, rows_of, split_training_rows
 from hf_rmt.theory.inference import Rows
 
 #: For each task: training rows, training rows held out to evaluate on, tokens that a row is cut to.
-SIZES = {"sst2": (8000, 5000, 128), "wic": (4000, 1000, 128), "boolq": (1200, 200, 256)}
+SIZES = {"sst2": (8000, 5000, 128), "wic": (2700, 1000, 128), "boolq": (1200, 200, 256)}
 
 
 class TaskAccuracy:
