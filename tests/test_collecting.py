@@ -113,6 +113,7 @@ def test_settings_say_what_was_collected(model: nn.Module, batches: list[Batch])
         "outputs": False,
         "dropout": False,
         "processes": 1,
+        "stream": None,
     }
     assert found.output("pooler.dense") is None
     assert len(found.to_pandas()) == 2 * 4 + 1
