@@ -215,11 +215,11 @@ def prune(context: click.Context, model: str, out: Path, **options: Any) -> None
 
     if options["text"] is None:
         _refuse_options_of_texts(context)
-    if options["private"] and not options["repository"]:
-        raise click.UsageError("--private is of no use without --push: it is for a new repository on the Hub", context)
+    _refuse_private_alone(context, options)
     what = _selected(options["removals"], options["keep"])
     pruner = _pruner(model, options)
-    refuse_another(out, PruningRecord.of(pruner), options["overwrite"])  # before hours of work
+    record = PruningRecord.of(pruner)
+    refuse_another(out, record.original.base, record.same_original, options["overwrite"])  # before hours of work
     pruner.remove(**what, roles=options["roles"] or None, blocks=options["blocks"])
     pruner.save_pretrained(out, overwrite=options["overwrite"])
     Console().print(pruning_table(pruner.affected()))
@@ -227,6 +227,11 @@ def prune(context: click.Context, model: str, out: Path, **options: Any) -> None
     if options["repository"]:
         commit = pruner.push_to_hub(options["repository"], private=options["private"] or None)
         click.echo(f"on the Hub: {commit.commit_url}")
+
+
+def _refuse_private_alone(context: click.Context, options: dict[str, Any]) -> None:
+    if options["private"] and not options["repository"]:
+        raise click.UsageError("--private is of no use without --push: it is for a new repository on the Hub", context)
 
 
 def _selected(removals: tuple[str, ...], keep: str | None) -> dict[str, Selection]:
@@ -305,6 +310,37 @@ def _refuse_strange_mixtures(context: click.Context, options: dict[str, Any]) ->
         raise click.UsageError("--task needs --data: the folder with the task's files, or its Hub id", context)
     if options["together"] and options["roles"]:
         raise click.UsageError("--together is all matrices at once, and --role each of some: give one of them", context)
+
+
+@cli.command("slice")
+@click.argument("model")
+@click.option("--keep", required=True, help="Share of the parameters, as 0.75, or as width:0.75 or energy:0.99.")
+@click.option("--text", required=True, help="Texts to calibrate on: a file, data set folder or Hub id.")
+@click.option("--column", "columns", multiple=True, help="Text column of the data set; twice for pairs.")
+@click.option("--length", type=int, help="Cut each text to so many tokens.")
+@click.option("--batch-size", default=16, show_default=True, help="Texts a batch.")
+@click.option("--max-tokens", type=int, help="Stop calibrating after so many tokens.")
+@click.option("--per-block", is_flag=True, help="A basis for each site of the stream, as SliceGPT; else one for all.")
+@click.option("--form", type=click.Choice(["plain", "registered"]), help="Plain, where there is one, by default.")
+@click.option("--evaluate", help="Perplexity before and after on texts: a file, data set folder or Hub id.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the model.")
+@click.option("--overwrite", is_flag=True, help="Replace another model in the folder.")
+@click.option("--push", "repository", help="Put the model on the Hub too, as user/name.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", help="Branch, tag or commit of MODEL on the Hub.")
+@click.option("--device", help="Where to run the model, as in cuda:0.")
+@click.pass_context
+def slice_(context: click.Context, model: str, out: Path, **options: Any) -> None:
+    """Make MODEL, a checkpoint folder or Hub id, narrower: keep the directions of its residual stream that matter.
+
+    A plain slice loads with transformers alone, a registered one where hf_rmt is imported.
+    """
+    from hf_rmt import slice_command
+
+    _refuse_private_alone(context, options)
+    if options["per_block"] and options["form"] == "plain":
+        raise click.UsageError("--per-block puts matrices into residual connections, which no plain form has", context)
+    slice_command.run(model, out, options)
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""A pruned model as any other: in a folder, or on the Hub."""
+"""A model that was made from another, as any other: in a folder, or on the Hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_rmt.model_card import MANIFEST, TABLE, PruningRecord, card_of
+from hf_rmt.model_card import MANIFEST, ModelRecord, PruningRecord, card_of
 from hf_rmt.models.live import is_sharded, unwrap
 from hf_rmt.processes import by_the_first
 
@@ -51,7 +51,7 @@ class Push:
         private: whether a new repository is; None for what is usual there.
         revision: branch to commit to, made from the main one if it does not exist; None for the main one.
         token: of the account; None for the one that is logged in.
-        commit_message: None for one that says what was removed.
+        commit_message: None for one that says what was made.
         create_pr: open a pull request instead.
     """
 
@@ -72,30 +72,58 @@ def save(
     pruner: SVDPruner, folder: str | Path, *, tokenizer: Any = None, metrics: Any = None, overwrite: bool = False
 ) -> Path:
     """Write a model as it is now to a folder; see ``SVDPruner.save_pretrained``."""
-    place = Path(folder).absolute()
-    model = _savable(pruner.model)
-    record = PruningRecord.of(pruner, metrics)
-    by_the_first(lambda: refuse_another(place, record, overwrite))
-    weights = _gathered(model)
-    files = _Files(model, record, weights, tokenizer, place.name)
-    by_the_first(lambda: _into(place, files.write))
-    return place
+    model = savable(pruner.model)
+    return write(model, PruningRecord.of(pruner, metrics), folder, tokenizer=tokenizer, overwrite=overwrite)
 
 
 def push(
     pruner: SVDPruner, repo_id: str, *, tokenizer: Any = None, metrics: Any = None, how: Push | None = None
 ) -> CommitInfo:
     """Commit a model as it is now to a repository of the Hub; see ``SVDPruner.push_to_hub``."""
-    how = how or Push()
-    model = _savable(pruner.model)
+    model = savable(pruner.model)
+    return upload(model, PruningRecord.of(pruner, metrics), repo_id, tokenizer=tokenizer, how=how or Push())
+
+
+def write(
+    model: PreTrainedModel, record: ModelRecord, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+) -> Path:
+    """Write a model to a folder, with its tokenizer, card and record: all or nothing.
+
+    Args:
+        model: from ``savable``; over several processes all must call.
+        record: of what was made.
+        folder: made if it does not exist.
+        tokenizer: or processor; None takes what the model came with.
+        overwrite: replace the model that the folder holds, whatever it is.
+
+    Raises:
+        ValueError: the folder holds another model.
+        TypeError: no tokenizer.
+        OSError: the folder cannot be written.
+    """
+    place = Path(folder).absolute()
+    by_the_first(lambda: refuse_another(place, record.original.base, record.same_original, overwrite))
+    weights = _gathered(model)
+    files = _Files(model, record, weights, tokenizer, place.name)
+    by_the_first(lambda: _into(place, files.write))
+    return place
+
+
+def upload(model: PreTrainedModel, record: ModelRecord, repo_id: str, *, tokenizer: Any, how: Push) -> CommitInfo:
+    """Commit the same to a repository of the Hub: all or nothing.
+
+    Raises:
+        PermissionError: the account may not write there.
+        OSError: the Hub, or the way to it, failed.
+        ValueError, TypeError: no name of a repository, one that is to be private and is public, no tokenizer.
+    """
     repo = by_the_first(lambda: _full_name(repo_id, how))
-    record = PruningRecord.of(pruner, metrics)
     files = _Files(model, record, _gathered(model), tokenizer, repo)
 
     def build_and_upload() -> CommitInfo:
         with tempfile.TemporaryDirectory(prefix="hf_rmt-") as place:
             files.write(Path(place))
-            return _Upload(repo, how).commit(Path(place), how.commit_message or _message(record))
+            return _Upload(repo, how).commit(Path(place), how.commit_message or record.message)
 
     return by_the_first(build_and_upload)
 
@@ -103,7 +131,7 @@ def push(
 # What is written
 
 
-def _savable(model: nn.Module) -> PreTrainedModel:
+def savable(model: nn.Module) -> PreTrainedModel:
     """The model that transformers can save.
 
     Raises:
@@ -121,7 +149,7 @@ def _savable(model: nn.Module) -> PreTrainedModel:
     if any(hasattr(module, "base_layer") for module in inner.modules()):
         raise ValueError(
             f"{name} has adapters in it: make them part of the weights with merge_and_unload(), or take them away "
-            "with unload(), and make a new SVDPruner of what that returns"
+            "with unload(), and go on with what that returns"
         )
     if getattr(inner.config, "distributed_config", None) is not None:
         raise ValueError(f"{name} was sharded by transformers as it was loaded: load it without distributed_config")
@@ -144,18 +172,18 @@ def _gathered(model: PreTrainedModel) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a pruned model.
+    """The files of a model that was made from another.
 
     Attributes:
         model: as it is now.
-        record: of what was removed.
+        record: of what was made.
         weights: gathered already, or None for those of the model.
         tokenizer: or processor, or None for what the model came with.
         name: folder or repository that they go to.
     """
 
     model: PreTrainedModel
-    record: PruningRecord
+    record: ModelRecord
     weights: dict[str, Any] | None
     tokenizer: Any
     name: str
@@ -165,7 +193,8 @@ class _Files:
         self.model.save_pretrained(folder, state_dict=self.weights)
         auto, note = self._write_processor(folder)
         card_of(self.record, self.name, self.model.model_tags, note, auto).save(folder / "README.md")
-        self.record.matrices.to_csv(folder / TABLE, index=False)
+        for table, rows in self.record.tables().items():
+            rows.to_csv(folder / table, index=False)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         described = self.record.as_json() | {"files": [*names, MANIFEST]}
         (folder / MANIFEST).write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
@@ -180,7 +209,7 @@ class _Files:
             self.tokenizer.save_pretrained(folder)
             return _loader_of(folder), ""
         for name in _PROCESSOR:
-            if (path := self.record.local_file(name)) is not None:
+            if (path := self.record.original.local_file(name)) is not None:
                 shutil.copyfile(path, folder / name)
         try:
             self._own_tokenizer().save_pretrained(folder)
@@ -201,9 +230,9 @@ class _Files:
         try:
             return tokenizer_of(self.model)
         except ValueError:
-            if self.record.hub_id is None:
+            if self.record.original.hub_id is None:
                 raise
-        return tokenizer_of(self.record.hub_id)
+        return tokenizer_of(self.record.original.hub_id)
 
 
 def _loader_of(folder: Path) -> str:
@@ -217,32 +246,34 @@ def _loader_of(folder: Path) -> str:
     return "AutoTokenizer" if tokenizer else ""
 
 
-def _message(record: PruningRecord) -> str:
-    return f"{record.base} without {'; '.join(map(str, record.edits))}" if record.edits else f"{record.base}, whole"
-
-
 # Folders
 
 
-def refuse_another(folder: Path, record: PruningRecord, overwrite: bool) -> None:
+def refuse_another(folder: Path, base: str, is_same: Callable[[Any], bool], overwrite: bool) -> None:
     """Have no other model replaced unasked.
 
+    Args:
+        folder: to be written to.
+        base: what to call the original.
+        is_same: whether what an earlier ``write`` said of a model, or None, is of the same original.
+        overwrite: it is asked for.
+
     Raises:
-        ValueError: the folder holds a model that ``save`` has not made from the same original.
+        ValueError: the folder holds a model that was not made from the same original, for all that is known.
         NotADirectoryError: it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give a folder")
     holds_model = _loadable(path.name for path in folder.glob("*"))
-    if holds_model and not overwrite and not record.same_original(_earlier(folder)):
+    if holds_model and not overwrite and not is_same(_earlier(folder)):
         raise ValueError(
-            f"{folder} holds a model that was not made from these weights of {record.base} by hf_rmt: give another "
-            "folder, or overwrite=True to replace it"
+            f"{folder} holds a model that, for all that is known, was not made from these weights of {base} by hf_rmt: "
+            "give another folder, or overwrite=True to replace it"
         )
 
 
 def _earlier(folder: Path) -> dict[str, Any] | None:
-    """What an earlier ``save`` left in a folder says of itself."""
+    """What an earlier ``write`` left in a folder says of itself."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
         return found if isinstance(found["files"], list) else None

@@ -1,19 +1,20 @@
-"""What is told of a pruned model: its card, and the same as data."""
+"""What is told of a model that was made from another: its card, and the same as data."""
 
 from __future__ import annotations
 
-import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_rmt import __version__
 from hf_rmt.models.digests import digest_of
 from hf_rmt.models.live import unwrap
+from hf_rmt.origins import Original
 from hf_rmt.reports.sweep import NONE, SweepTable
 from hf_rmt.surgery.editor import Edit, Editor
 
@@ -23,50 +24,126 @@ if TYPE_CHECKING:
 
     from hf_rmt.pruner import SVDPruner
 
-log = logging.getLogger(__name__)
-
 #: The record as data, and its row for each matrix.
 MANIFEST, TABLE = "hf_rmt.json", "hf_rmt.csv"
-TAGS = ("hf_rmt", "random-matrix-theory", "pruned")
-#: What of the card of the original holds for the pruned model too.
-_PASSED_ON = ("license", "license_name", "license_link", "language", "datasets")
+#: Those of every card; each kind of model has its own beside them.
+TAGS = ("hf_rmt", "random-matrix-theory")
 _FORMAT = 1
 
-#: Before and after the removal, metric to score.
+#: Before and after, metric to score.
 _Scores = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PruningRecord:
+class ModelRecord(ABC):
+    """What was made of a model, and what that did to its scores.
+
+    Attributes:
+        original: the model that it was made from.
+        architecture: its class.
+        scores: ``before`` and ``after``, metric to score.
+        dataset: they were measured on; empty if that is not known.
+        seeds: how many models they are the means of.
+        kind: its tag, and the name of the template of its part of the card.
+        done: how the text calls what was done.
+        citation: in BibTeX, beside those of the paper and the library.
+    """
+
+    original: Original
+    architecture: str
+    scores: _Scores
+    dataset: str = ""
+    seeds: int = 1
+
+    kind: ClassVar[str]
+    done: ClassVar[str]
+    citation: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def message(self) -> str:
+        """It in a line, as for a commit."""
+
+    @abstractmethod
+    def details(self) -> dict[str, Any]:
+        """What is peculiar to its kind, as JSON can hold it."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """Fields of the template of its part of the card."""
+
+    @abstractmethod
+    def recipe(self) -> list[str]:
+        """Code that makes it again; none if nothing was done."""
+
+    @abstractmethod
+    def same_original(self, other: Any) -> bool:
+        """Whether what ``as_json`` gave is of the same kind and original, as far as both tell."""
+
+    @property
+    def loading(self) -> str:
+        """How it is loaded, in words."""
+        return "The weights are dense and load with transformers alone:"
+
+    @property
+    def library(self) -> str | None:
+        """What has to be imported before it is loaded, if anything."""
+        return None
+
+    @property
+    def final_scores(self) -> dict[str, float]:
+        """The scores of the model as it is saved."""
+        return self.scores.get("after", {})
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Files beside it, by their names."""
+        return {}
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return {
+            "format": _FORMAT,
+            "hf_rmt": __version__,
+            "base": self.original.as_json(),
+            "architecture": self.architecture,
+            **self.details(),
+            "metrics": {
+                when: {metric: score if math.isfinite(score) else None for metric, score in scores.items()}
+                for when, scores in self.scores.items()
+            },
+            "dataset": self.dataset or None,
+            "seeds": self.seeds,
+        }
+
+
+def architecture_of(model: Any) -> str:
+    """The class of a model, as it was before its weights were sharded."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+# Pruned models
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PruningRecord(ModelRecord):
     """What was taken from a model, and what that did to its scores.
 
     Attributes:
-        source: Hub id or folder that the model came from, or its class.
-        hub_id: its id on the Hub; None if it came from elsewhere.
-        revision: its commit there; None also where it may be one of several.
-        architecture: its class.
         edits: the removals in place.
         options: of the ``SVDPruner`` that makes them again.
         matrices: ``SVDPruner.affected``, and in the column ``weights`` a hash of what each matrix was.
         parameters: of the whole model.
         trained_since: matrices were changed after the removal.
-        scores: ``before`` and ``after`` the removal, metric to score.
-        dataset: they were measured on; empty if that is not known.
-        seeds: how many models they are the means of.
     """
 
-    source: str
-    hub_id: str | None
-    revision: str | None
-    architecture: str
     edits: tuple[Edit, ...]
     options: tuple[str, ...]
     matrices: pd.DataFrame
     parameters: int
     trained_since: bool
-    scores: _Scores
-    dataset: str = ""
-    seeds: int = 1
+
+    kind = "pruned"
+    done = "the removal"
 
     @classmethod
     def of(cls, pruner: SVDPruner, metrics: Any = None) -> PruningRecord:
@@ -82,47 +159,39 @@ class PruningRecord:
         editor, table = pruner.editor, pruner.affected()
         indices = [editor.index[name] for name in table["name"]]
         model: Any = unwrap(pruner.model)
-        source = pruner.origin["model"]
-        known = _commits(source, pruner.origin["revision"])
         return cls(
-            source=source,
-            hub_id=source if known else None,
-            revision=known[0] if len(known) == 1 else None,
-            architecture=type(model).__name__.removeprefix("FSDP"),
+            original=Original.of(pruner.origin["model"], pruner.origin["revision"]),
+            architecture=architecture_of(model),
             edits=pruner.edits,
             options=_options(editor, indices),
             matrices=table.assign(weights=[editor.store[index].digest for index in indices]),
             parameters=model.num_parameters(),
             trained_since=_trained_since(editor),
-            **_read_metrics(metrics, pruner),
+            **(_of_sweep(metrics, pruner) if isinstance(metrics, SweepTable) else read_scores(metrics)),
         )
 
     @property
-    def base(self) -> str:
-        """What to call the original; of a folder the last part of its path, as the rest concerns nobody."""
-        return self.hub_id or Path(self.source).name or self.source
+    def message(self) -> str:
+        """What was removed."""
+        base = self.original.base
+        return f"{base} without {'; '.join(map(str, self.edits))}" if self.edits else f"{base}, whole"
 
-    def local_file(self, name: str) -> Path | None:
-        """A file of the original, if it is on this machine: in its folder, or in the cache of the Hub."""
-        from huggingface_hub import try_to_load_from_cache
+    @property
+    def final_scores(self) -> dict[str, float]:
+        """Those of the original where nothing was removed."""
+        return super().final_scores if self.edits else self.scores.get("before", {})
 
-        if self.hub_id is not None:
-            found = try_to_load_from_cache(self.hub_id, name, revision=self.revision)
-            return Path(found) if isinstance(found, str) else None
-        path = Path(self.source) / name
-        return path if path.is_file() else None
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """A row a matrix."""
+        return {TABLE: self.matrices}
 
     def by_role(self) -> pd.DataFrame:
         """A row a role: number of matrices, components removed and of how many, mean shares of mass and energy."""
         return by_role(self.matrices)
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+    def details(self) -> dict[str, Any]:
+        """Edits and matrices."""
         return {
-            "format": _FORMAT,
-            "hf_rmt": __version__,
-            "base": {"model": self.base, "revision": self.revision},
-            "architecture": self.architecture,
             "edits": [
                 {"selection": str(edit.selection), "roles": edit.roles, "blocks": edit.blocks, "matrices": edit.names}
                 for edit in self.edits
@@ -130,23 +199,45 @@ class PruningRecord:
             "parameters": self.parameters,
             "matrices": self.matrices.astype(object).where(self.matrices.notna(), None).to_dict("records"),
             "trained_since": self.trained_since,
-            "metrics": {
-                when: {metric: score if math.isfinite(score) else None for metric, score in scores.items()}
-                for when, scores in self.scores.items()
-            },
-            "dataset": self.dataset or None,
-            "seeds": self.seeds,
         }
 
     def same_original(self, other: Any) -> bool:
-        """Whether what ``as_json`` gave is of the same original, as far as the matrices of both tell."""
+        """By the hashes of the matrices of both."""
         mine = dict(zip(self.matrices["name"], self.matrices["weights"], strict=True))
         try:
             theirs = {row["name"]: row["weights"] for row in other["matrices"]}
-            same = other["base"] == {"model": self.base, "revision": self.revision} and other["format"] == _FORMAT
+            same = other["base"] == self.original.as_json() and other["format"] == _FORMAT
         except (KeyError, TypeError):
             return False
         return same and all(mine[name] == theirs[name] for name in mine.keys() & theirs.keys())
+
+    def about(self) -> dict[str, Any]:
+        """Edits in words, and sums by role."""
+        touched = self.matrices[self.matrices["removed"] > 0]
+        return {
+            "edits": [_in_words(edit) for edit in self.edits],
+            "count": len(touched),
+            "roles": self.by_role().to_dict("records"),
+            "share": touched["parameters"].sum() / self.parameters,
+            "parameters": self.parameters,
+            "table": TABLE,
+            "trained_since": self.trained_since,
+        }
+
+    def recipe(self) -> list[str]:
+        """The edits, one after the other."""
+        if not self.edits:
+            return []
+        lines = [
+            "from hf_rmt import SVDPruner, parse_selection",
+            *original_in_code(self),
+            f"pruner = SVDPruner({', '.join(['model', *self.options])})",
+        ]
+        for edit in self.edits:
+            places = (("roles", edit.roles), ("blocks", edit.blocks))
+            arguments = [f"{key}={list(value)!r}" for key, value in places if value is not None]
+            lines.append(f"pruner.remove({', '.join([f'parse_selection({str(edit.selection)!r})', *arguments])})")
+        return lines
 
 
 def by_role(affected: pd.DataFrame) -> pd.DataFrame:
@@ -155,18 +246,6 @@ def by_role(affected: pd.DataFrame) -> pd.DataFrame:
     shown = grouped[["removed", "of", "parameters"]].sum().join(grouped[["mass", "energy"]].mean())
     shown.insert(0, "matrices", grouped.size())
     return shown.reset_index()
-
-
-def _commits(source: str, revision: str | None) -> list[str]:
-    """The commits of the Hub that a model of this name can be: what it says itself, or those in the cache."""
-    from huggingface_hub import constants
-
-    if Path(source).is_dir():
-        return []
-    if revision is not None:  # not said by every version of transformers
-        return [revision]
-    cached = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "snapshots"
-    return [path.parent.name for path in cached.glob("*/config.json")]
 
 
 def _options(editor: Editor, indices: list[int]) -> tuple[str, ...]:
@@ -185,21 +264,37 @@ def _trained_since(editor: Editor) -> bool:
     return any(found)  # all are read, as reading may take all processes
 
 
+def _in_words(edit: Edit) -> str:
+    """An edit, how many matrices it is of, and where it found nothing or everything."""
+    roles = ", ".join(f"`{role}`" for role in edit.roles) if edit.roles else "all matrices but embeddings and heads"
+    blocks = f" in blocks {', '.join(map(str, edit.blocks))}" if edit.blocks is not None else ""
+    count = f"{len(edit.names)} {'matrix' if len(edit.names) == 1 else 'matrices'}"
+    notes = [(len(edit.empty), "nothing"), (len(edit.whole), "everything")]
+    special = "".join(f"; in {number} of them this is {what}" for number, what in notes if number)
+    return f"`{edit.selection}` of {roles}{blocks}: {count}{special}"
+
+
 # Scores
 
 
-def _read_metrics(metrics: Any, pruner: SVDPruner) -> dict[str, Any]:
+def read_scores(metrics: Any) -> dict[str, Any]:
+    """Scores as they are given to be put on a card: ``scores``, ``dataset``.
+
+    Raises:
+        ValueError: neither ``before`` nor ``after``.
+        TypeError: they are no numbers.
+    """
     if metrics is None:
         return {"scores": {}}
-    if isinstance(metrics, SweepTable):
-        return _of_sweep(metrics, pruner)
     if not isinstance(metrics, Mapping):
-        raise TypeError(f"metrics is {metrics!r}: give a SweepTable, or {{'before': {{...}}, 'after': {{...}}}}")
+        raise TypeError(
+            f"metrics is {metrics!r}: give a SweepTable of a pruned model, or {{'before': {{...}}, 'after': {{...}}}}"
+        )
     known = {"before", "after", "dataset"}
     if set(metrics) - known or not set(metrics) & {"before", "after"}:
         raise ValueError(
             f"metrics has {', '.join(map(repr, metrics)) or 'nothing'}: give the scores of the original as 'before', "
-            "those of the pruned model as 'after', and perhaps the 'dataset'"
+            "those of what was made from it as 'after', and perhaps the 'dataset'"
         )
     scores = {when: _numbers(when, metrics[when]) for when in ("before", "after") if metrics.get(when) is not None}
     return {"scores": scores, "dataset": str(metrics.get("dataset") or "")}
@@ -246,56 +341,55 @@ def _means(cells: Any) -> dict[str, float]:
 # The card
 
 
-def card_of(record: PruningRecord, name: str, model_tags: Any = None, note: str = "", auto: str = "") -> ModelCard:
+def card_of(record: ModelRecord, name: str, model_tags: Any = None, note: str = "", auto: str = "") -> ModelCard:
     """The model card, with the metadata that the Hub reads.
 
     Args:
-        record: of the pruning.
+        record: of what was made.
         name: Hub id or folder that the card is for.
         model_tags: those that the model has.
         note: what a user has to know beside.
         auto: the class that loads what prepares inputs, as ``"AutoTokenizer"``; empty if there is none.
     """
     from huggingface_hub import ModelCard
+    from jinja2 import Template
 
-    touched = record.matrices[record.matrices["removed"] > 0]
-    template = files("hf_rmt").joinpath("templates/model_card.md").read_text(encoding="utf-8")
+    shared = {"base": record.original.link, "version": __version__, "manifest": MANIFEST}
     return ModelCard.from_template(
         _card_data(record, name, model_tags),
-        template_str=template,
+        template_str=_template("model_card"),
         name=name.rpartition("/")[2],
-        base=_link(record),
-        edits=[_in_words(edit) for edit in record.edits],
-        count=len(touched),
+        about=Template(_template(record.kind)).render(shared | record.about()).strip(),
         version=__version__,
-        roles=record.by_role().to_dict("records"),
-        share=touched["parameters"].sum() / record.parameters,
-        parameters=record.parameters,
-        table=TABLE,
-        manifest=MANIFEST,
-        trained_since=record.trained_since,
         scores=_score_rows(record.scores),
+        done=record.done,
         conditions=_conditions(record),
+        loading=record.loading,
         usage=_usage(record, name, auto),
         note=note,
-        recipe=_recipe(record),
+        recipe="\n".join(record.recipe()).replace("'", '"'),
+        citation=record.citation,
     )
 
 
-def _card_data(record: PruningRecord, name: str, model_tags: Any) -> ModelCardData:
+def _template(name: str) -> str:
+    return files("hf_rmt").joinpath(f"templates/{name}.md").read_text(encoding="utf-8")
+
+
+def _card_data(record: ModelRecord, name: str, model_tags: Any) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     task = pipeline_tag(record.architecture)
     results = _eval_results(record, task)
     return ModelCardData(
-        base_model=record.hub_id,
-        library_name="transformers",
+        base_model=record.original.hub_id,
+        library_name=record.library or "transformers",
         pipeline_tag=task,
-        tags=[*TAGS, *(model_tags or ())],
-        metrics=list(_after(record)) or None,
+        tags=[*TAGS, record.kind, *(model_tags or ())],
+        metrics=list(record.final_scores) or None,
         model_name=name.rpartition("/")[2] if results else None,
         eval_results=results or None,
-        **_passed_on(record),
+        **record.original.passed_on(),
     )
 
 
@@ -326,30 +420,7 @@ def pipeline_tag(architecture: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _passed_on(record: PruningRecord) -> dict[str, Any]:
-    """License, language and training data, as the card of the original says, if that is on this machine."""
-    from huggingface_hub import ModelCard
-
-    path = record.local_file("README.md")
-    if path is None:
-        return {}
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except Exception as error:  # whatever its YAML leads to
-        log.warning("the card of %s cannot be read, so its license is not passed on: %s", record.base, error)
-        return {}
-    said = {key: data.get(key) for key in _PASSED_ON if data.get(key)}
-    if "://" not in str(said.get("license_link", "://")):  # a file beside that card
-        said.pop("license_link")
-    return said
-
-
-def _after(record: PruningRecord) -> dict[str, float]:
-    """The scores of the model as it is saved."""
-    return record.scores.get("after", {}) if record.edits else record.scores.get("before", {})
-
-
-def _eval_results(record: PruningRecord, task: str | None) -> list[EvalResult]:
+def _eval_results(record: ModelRecord, task: str | None) -> list[EvalResult]:
     """The scores as the Hub shows them, which needs a task and a data set."""
     from huggingface_hub import EvalResult
 
@@ -363,26 +434,9 @@ def _eval_results(record: PruningRecord, task: str | None) -> list[EvalResult]:
             metric_type=metric,
             metric_value=score,
         )
-        for metric, score in _after(record).items()
+        for metric, score in record.final_scores.items()
         if math.isfinite(score)
     ]
-
-
-def _link(record: PruningRecord) -> str:
-    if record.hub_id is None:
-        return f"`{record.base}`"
-    revision = f" (revision `{record.revision}`)" if record.revision is not None else ""
-    return f"[{record.hub_id}](https://huggingface.co/{record.hub_id}){revision}"
-
-
-def _in_words(edit: Edit) -> str:
-    """An edit, how many matrices it is of, and where it found nothing or everything."""
-    roles = ", ".join(f"`{role}`" for role in edit.roles) if edit.roles else "all matrices but embeddings and heads"
-    blocks = f" in blocks {', '.join(map(str, edit.blocks))}" if edit.blocks is not None else ""
-    count = f"{len(edit.names)} {'matrix' if len(edit.names) == 1 else 'matrices'}"
-    notes = [(len(edit.empty), "nothing"), (len(edit.whole), "everything")]
-    special = "".join(f"; in {number} of them this is {what}" for number, what in notes if number)
-    return f"`{edit.selection}` of {roles}{blocks}: {count}{special}"
 
 
 def _score_rows(scores: _Scores) -> list[dict[str, str]]:
@@ -393,14 +447,15 @@ def _score_rows(scores: _Scores) -> list[dict[str, str]]:
     return [dict(zip(("metric", "before", "after"), row, strict=True)) for row in rows]
 
 
-def _conditions(record: PruningRecord) -> str:
+def _conditions(record: ModelRecord) -> str:
     over = f", mean over {record.seeds} models fine-tuned alike" if record.seeds > 1 else ""
     return (f", on {record.dataset}" if record.dataset else "") + over
 
 
-def _usage(record: PruningRecord, name: str, auto: str) -> str:
+def _usage(record: ModelRecord, name: str, auto: str) -> str:
     classes = sorted({_importable(record.architecture), *([auto] if auto else [])})
-    lines = [f"from transformers import {', '.join(classes)}", ""]
+    lines = [] if record.library is None else [f"import {record.library}"]
+    lines += [f"from transformers import {', '.join(classes)}", ""]
     lines.append(f'model = {_importable(record.architecture)}.from_pretrained("{name}")')
     if auto:
         lines.append(f'{_CALLED.get(auto, "processor")} = {auto}.from_pretrained("{name}")')
@@ -410,25 +465,15 @@ def _usage(record: PruningRecord, name: str, auto: str) -> str:
 _CALLED = {"AutoTokenizer": "tokenizer"}
 
 
+def original_in_code(record: ModelRecord) -> list[str]:
+    """Code that loads the original as ``model``, after an import."""
+    cls, original = _importable(record.architecture), record.original
+    at = f', revision="{original.revision}"' if original.revision is not None else ""
+    return [f"from transformers import {cls}", "", f'model = {cls}.from_pretrained("{original.base}"{at})']
+
+
 def _importable(architecture: str) -> str:
     """The class that loads the model; one that transformers has not comes with the code of the model."""
     import transformers
 
     return architecture if hasattr(transformers, architecture) else "AutoModel"
-
-
-def _recipe(record: PruningRecord) -> str:
-    cls = _importable(record.architecture)
-    at = f', revision="{record.revision}"' if record.revision is not None else ""
-    lines = [
-        "from hf_rmt import SVDPruner, parse_selection",
-        f"from transformers import {cls}",
-        "",
-        f'model = {cls}.from_pretrained("{record.base}"{at})',
-        f"pruner = SVDPruner({', '.join(['model', *record.options])})",
-    ]
-    for edit in record.edits:
-        places = (("roles", edit.roles), ("blocks", edit.blocks))
-        arguments = [f"{key}={list(value)!r}" for key, value in places if value is not None]
-        lines.append(f"pruner.remove({', '.join([f'parse_selection({str(edit.selection)!r})', *arguments])})")
-    return "\n".join(lines).replace("'", '"')

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 from hf_rmt.pruner import SVDPruner
+from hf_rmt.slicing.keep import Width
+from hf_rmt.slicing.publishing import push_sliced
 from hf_rmt.theory.selection import Decile, Outliers
 
 Files = dict[str, bytes]
@@ -141,7 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _about(self, rest: str) -> None:
         repository, _, tree = rest.partition("/tree/")
-        files = self.hub.files(repository, tree.partition("/")[0] or "main")
+        repository, _, revision = repository.partition("/revision/")
+        files = self.hub.files(repository, revision or tree.partition("/")[0] or "main")
         if files is None:
             self._refuse(404, "RepoNotFound")
         elif tree:
@@ -254,6 +257,7 @@ def connected(hub: Hub, tmp_path: Path, monkeypatch) -> Hub:
     values = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path / "cache")}
     for name, value in (values | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it keeps the address of the first Hub
     monkeypatch.setenv("HF_TOKEN", "hf_of_me")
     return hub
 
@@ -300,16 +304,21 @@ def test_a_repository_without_safetensors(hub: Hub, analyze) -> None:
 
 # To the Hub
 
-BLOCKED = """
+#: Loads a repository, without hf_rmt if that is possible, and writes its logits of some tokens to a file.
+LOAD = """
 import sys
-sys.modules["hf_rmt"] = None
+sys.modules["hf_rmt"] = None  # an import of it fails
+import torch, transformers
+torch.set_num_threads(1)
+load = transformers.AutoModelForCausalLM.from_pretrained
 try:
+    model = load(sys.argv[1])
+except RuntimeError as error:
+    print("refused:", error)
+    del sys.modules["hf_rmt"]
     import hf_rmt
-except ImportError:
-    import torch, transformers
-    torch.set_num_threads(1)
-    model = transformers.AutoModelForCausalLM.from_pretrained("me/pruned")
-    torch.save(model(torch.tensor(eval(sys.argv[1])))[0], sys.argv[2])
+    model = load(sys.argv[1])
+torch.save(model(torch.tensor(eval(sys.argv[2])))[0], sys.argv[3])
 """
 
 
@@ -347,11 +356,68 @@ def test_a_pruned_model_is_pushed_and_loads_without_hf_rmt(connected: Hub, run, 
     assert json.loads(files["hf_rmt.json"])["base"] == {"model": "you/base", "revision": COMMIT}
     assert model.model_tags is None
 
-    result = run("-I", "-c", BLOCKED, str(TOKENS.tolist()), str(tmp_path / "logits.pt"), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    arguments = ["me/pruned", str(TOKENS.tolist()), str(tmp_path / "logits.pt")]
+    result = run("-I", "-c", LOAD, *arguments, cwd=tmp_path)
+    assert result.returncode == 0 and not result.stdout, result.stderr
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), model(TOKENS)[0])
         assert not torch.equal(model(TOKENS)[0], make_model("llama")(TOKENS)[0])
+
+
+def _sliced(model: Any, **options: Any) -> Any:
+    batches = [{"input_ids": torch.randint(3, 100, (8, 32), generator=torch.Generator().manual_seed(0))}]
+    return SVDPruner(model).slice(Width(0.5), batches, progress=False, **options)
+
+
+@pytest.mark.parametrize("form", ["plain", "registered"])
+def test_a_sliced_model_is_pushed_and_loads(form: str, connected: Hub, run, make_model, tmp_path: Path) -> None:
+    """Plain by transformers alone; registered with hf_rmt, and without it not at all."""
+    import transformers
+    from huggingface_hub import ModelCard
+
+    from .test_card import words
+
+    make_model("llama").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
+    connected.put("you/base", tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained("you/base")
+    ModelCard.load("you/base")  # now it is on this machine
+    small = _sliced(model, per_block=form == "registered")
+    scores = {"after": {"perplexity": 3.0}}
+    commit = push_sliced(small, "me/sliced", tokenizer=words(), metrics=scores, private=True, token="hf_given")
+    assert commit.commit_url == f"{connected.url}/me/sliced/commit/{COMMIT}"
+    assert connected.private == {"me/sliced"} and "Bearer hf_given" in connected.tokens
+    expected = {"model.safetensors", "config.json", "generation_config.json", "README.md", "hf_rmt.json"}
+    expected |= {"tokenizer.json", "tokenizer_config.json"}
+    assert [(set(added), deleted) for added, deleted in connected.commits] == [(expected, [])]
+
+    files = connected.repositories["me/sliced"]["main"]
+    described = json.loads(files["hf_rmt.json"])
+    assert described["base"] == {"model": "you/base", "revision": COMMIT}
+    assert described["slice"] == small.sliced.to_dict() | {"revision": COMMIT} and described["slice"]["form"] == form
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.license) == ("you/base", "mit")
+    assert f"(revision `{COMMIT}`)" in card.text and 'LlamaForCausalLM.from_pretrained("me/sliced")' in card.text
+
+    arguments = ["me/sliced", str(TOKENS.tolist()), str(tmp_path / "logits.pt")]
+    result = run("-c", LOAD, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("refused: You set `ignore_mismatched_sizes`") == (form == "registered")
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), small(TOKENS)[0])
+
+
+def test_a_slice_that_cannot_be_pushed_leaves_nothing(connected: Hub, make_model) -> None:
+    from .test_card import words
+
+    connected.refused["/api/models/me/sliced/commit"] = 403
+    with pytest.raises(PermissionError, match=r"status 403.*nothing was left there"):
+        push_sliced(_sliced(make_model("llama")), "me/sliced", tokenizer=words())
+    assert not connected.repositories and not connected.commits
+    connected.refused.clear()
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no record of a slice"):
+        push_sliced(make_model("llama"), "me/sliced")
+    assert not connected.repositories
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -492,3 +558,21 @@ def test_the_command_prunes_and_pushes(hub: Hub, run, make_model, tmp_path: Path
     del hub.repositories["me/pruned"]
     result = run("-m", "hf_rmt", "prune", "me/model", *options)
     assert result.returncode == 2 and "no right to write to me/pruned" in result.stderr
+
+
+def test_the_command_slices_and_pushes(hub: Hub, run, make_model, tmp_path: Path) -> None:
+    from .test_card import words
+
+    make_model("llama").save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    hub.put("me/model", tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("a b b a b a a b\n" * 20)
+    out = tmp_path / "out"
+    options = ["--text", str(tmp_path / "texts.txt"), "--out", str(out), "--push", "me/sliced", "--private"]
+    result = run("-m", "hf_rmt", "slice", "me/model", "--keep", "width:0.75", *options)
+    assert result.returncode == 0, result.stderr
+    assert f"sliced model: {out}" in result.stdout and f"{hub.url}/me/sliced/commit/" in result.stdout
+    files = hub.repositories["me/sliced"]["main"]
+    assert files["model.safetensors"] == (out / "model.safetensors").read_bytes() and hub.private == {"me/sliced"}
+    assert json.loads(files["hf_rmt.json"])["base"] == {"model": "me/model", "revision": COMMIT}
+    assert "tokenizer.json" in files

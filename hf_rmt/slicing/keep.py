@@ -59,6 +59,24 @@ def check_keep(keep: Keep) -> Keep:
     return float(keep)
 
 
+def parse_keep(text: str) -> Keep:
+    """What ``0.75``, ``width:0.75`` or ``energy:0.99`` asks for: a share of the parameters, the width or the energy.
+
+    Raises:
+        ValueError: it is none of these, or the share is not above 0, or above 1.
+    """
+    kinds: dict[str, Callable[[float], Keep]] = {"parameters": check_keep, "width": Width, "energy": Energy}
+    kind, colon, share = text.rpartition(":")
+    try:
+        make, number = kinds[kind if colon else "parameters"], float(share)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"cannot read {text!r}: give a share of the parameters as 0.75, of the width as width:0.75, or of the "
+            "energy as energy:0.99"
+        ) from error
+    return make(number)
+
+
 def widest(upper: int, fits: Callable[[int], bool]) -> int:
     """The largest width from 1 to ``upper`` that fits, where all below one that fits do too; 0 if none does."""
     low, high = 0, upper

@@ -1,0 +1,92 @@
+"""What ``hf-rmt slice`` does: a model and texts by their names in, a smaller model out, its record on the terminal."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hf_rmt.config import AnalysisConfig, CollectConfig, SliceConfig
+from hf_rmt.evaluation import Perplexity
+from hf_rmt.models.loading import load_model
+from hf_rmt.models.text import text_batches, tokenizer_of
+from hf_rmt.slicing.keep import parse_keep
+from hf_rmt.slicing.publishing import push_sliced, refuse_another_model, save_sliced
+from hf_rmt.slicing.slicer import SliceRecord, slice_model
+
+
+def run(model: str, out: Path, options: dict[str, Any]) -> None:
+    """Slice a checkpoint with the options of the command, save the slice, show what it is, and push it if asked to.
+
+    Raises:
+        ValueError, OSError: as ``slice_model``, ``save_sliced`` and ``push_sliced``, and whatever is wrong with the
+            checkpoint or the texts.
+    """
+    keep, device = parse_keep(options["keep"]), AnalysisConfig(device=options["device"]).device
+    loaded: Any = load_model(model, options["revision"])
+    refuse_another_model(loaded, out, options["overwrite"])  # before hours of work
+    if device is not None:
+        loaded.to(device)
+    tokenizer = tokenizer_of(model)
+    evaluate = _evaluation(tokenizer, options)
+    before = evaluate(loaded) if evaluate else None
+    small = slice_model(loaded, keep, options["text"], config=_config(tokenizer, options))
+    scores = {"before": before, "after": evaluate(small), "dataset": _hub_id(options["evaluate"])} if evaluate else None
+    save_sliced(small, out, metrics=scores, overwrite=options["overwrite"])
+    Console().print(slice_table(small.sliced, scores))
+    click.echo(f"sliced model: {out}")
+    if options["repository"]:
+        commit = push_sliced(small, options["repository"], metrics=scores, private=options["private"] or None)
+        click.echo(f"on the Hub: {commit.commit_url}")
+
+
+def slice_table(record: SliceRecord, scores: dict[str, Any] | None = None) -> Table:
+    """What was kept of a model, and what that did to its scores."""
+    table = Table(
+        title="What the slice keeps",
+        caption=str(record),
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("", "before", "after", "share"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    sizes = {
+        "width of the stream": (record.original_width, record.width),
+        "parameters": (record.original_parameters, record.parameters),
+    }
+    for name, (before, after) in sizes.items():
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.1%}")
+    if scores is not None:
+        for metric, score in scores["before"].items():
+            table.add_row(metric, f"{score:.4g}", f"{scores['after'][metric]:.4g}")
+    return table
+
+
+def _config(tokenizer: Any, options: dict[str, Any]) -> SliceConfig:
+    collect = CollectConfig(
+        tokenizer=tokenizer,
+        columns=options["columns"] or None,
+        batch_size=options["batch_size"],
+        max_length=options["length"],
+        max_tokens=options["max_tokens"],
+    )
+    return SliceConfig(form=options["form"], per_block=options["per_block"], collect=collect)
+
+
+def _evaluation(tokenizer: Any, options: dict[str, Any]) -> Perplexity | None:
+    """Perplexity on the texts to evaluate on, if there are any."""
+    if options["evaluate"] is None:
+        return None
+    return Perplexity(text_batches(options["evaluate"], tokenizer, max_length=options["length"]))
+
+
+def _hub_id(texts: str) -> str:
+    """The data set of the Hub that texts are from, without its configuration and split; empty for others."""
+    return "" if os.path.exists(texts) else "/".join(texts.partition(":")[0].split("/")[:2])
