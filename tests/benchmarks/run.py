@@ -27,6 +27,7 @@ BENCHMARKS = {
     "callback_cost": "callback_cost",
     "sweep_cost": "sweep_cost",
     "sweep_memory": "sweep_memory",
+    "slicing": "slicing",
 }
 
 
