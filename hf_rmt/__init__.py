@@ -45,8 +45,11 @@ _PUBLIC = {
     "fuse_norms_": "hf_rmt.slicing.norms",
     "parse_selection": "hf_rmt.theory.selection_names",
     "project_": "hf_rmt.slicing.masked",
+    "push_sliced": "hf_rmt.slicing.publishing",
+    "read_slice": "hf_rmt.slicing.publishing",
     "register_family": "hf_rmt.models.families",
     "rotate_": "hf_rmt.slicing.basis",
+    "save_sliced": "hf_rmt.slicing.publishing",
     "slice_": "hf_rmt.slicing.basis",
     "stream_of": "hf_rmt.models.residual_stream",
     "text_batches": "hf_rmt.models.text",
@@ -89,8 +92,11 @@ __all__ = [
     "fuse_norms_",
     "parse_selection",
     "project_",
+    "push_sliced",
+    "read_slice",
     "register_family",
     "rotate_",
+    "save_sliced",
     "slice_",
     "stream_of",
     "text_batches",
@@ -116,6 +122,7 @@ if TYPE_CHECKING:
     from hf_rmt.slicing.keep import Energy, Width
     from hf_rmt.slicing.masked import project_
     from hf_rmt.slicing.norms import fuse_norms_
+    from hf_rmt.slicing.publishing import push_sliced, read_slice, save_sliced
     from hf_rmt.slicing.verify import verify_stream
     from hf_rmt.theory.lazy import ScaledSoftmaxLoss
     from hf_rmt.theory.marchenko_pastur import MarchenkoPastur

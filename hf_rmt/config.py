@@ -222,6 +222,11 @@ class SliceConfig:
         if self.multiple_of is not None and self.multiple_of < 1:
             raise ValueError(f"multiple_of is {self.multiple_of!r}: give at least 1, or None")
 
+    @property
+    def weighs_readers(self) -> bool:
+        """``weigh_readers``, or what None stands for."""
+        return not self.per_block if self.weigh_readers is None else self.weigh_readers
+
     @classmethod
     def of(cls, config: SliceConfig | None, options: dict[str, Any]) -> SliceConfig:
         """A configuration with some fields replaced; an unknown field raises a TypeError that lists them."""

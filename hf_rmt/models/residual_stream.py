@@ -191,6 +191,8 @@ class Stream:
         sites: from the embeddings to the last norm.
         blocks: the transformer blocks.
         headless: the last norm's output is that of the model, and no head reads it.
+        tied: the weight of a head in the basis of the first site, to which a matrix behind the last norm leads, as it
+            is that of the embeddings; None where the head reads the stream itself.
     """
 
     model: nn.Module
@@ -199,6 +201,12 @@ class Stream:
     sites: tuple[StreamSite, ...]
     blocks: nn.ModuleList
     headless: bool
+    tied: StreamTensor | None = None
+
+    @property
+    def embeddings(self) -> StreamTensor:
+        """The table of tokens."""
+        return self.sites[0].writers[0]
 
 
 def stream_of(model: Any, family: Family | None = None) -> Stream:
@@ -234,10 +242,13 @@ class _Binding:
         sites = list(self._sites())
         heads, headless = self._heads()
         last = sites[-1]
+        tied = None
+        if heads and any(getattr(slot.module, "change", None) is not None for slot in last.norms):
+            tied, heads = heads[0].weight, ()
         norms = tuple(NormSlot(slot.owner, slot.name, slot.path, heads) for slot in last.norms)
         sites[-1] = StreamSite(last.key, last.writers, last.outputs, norms, last.bare, None)
         width = self.model.config.get_text_config().hidden_size
-        stream = Stream(self.model, self.family, width, tuple(sites), self.blocks, headless)
+        stream = Stream(self.model, self.family, width, tuple(sites), self.blocks, headless, tied)
         _check_widths(stream)
         return stream
 

@@ -12,6 +12,8 @@ from torch import nn
 from hf_rmt.models.residual_stream import Stream, StreamSite, StreamTensor
 from hf_rmt.models.stream_modules import StreamNorm, add_shortcuts, has_shortcuts
 
+#: Rows of a table of tokens that are summed at a time.
+_ROWS = 16384
 #: Attributes of modules that say how wide they are.
 _IN, _OUT = ("in_features", "nx", "hidden_dim"), ("out_features", "nf", "embedding_dim", "out_channels")
 
@@ -131,7 +133,50 @@ def change_site_(stream: Stream, index: int, basis: torch.Tensor, reading: torch
             _change_shortcut(stream, index - 1, lambda weight: basis.mT.to(weight.device) @ weight)
         if index < len(stream.sites) - 1:
             _change_shortcut(stream, index, lambda weight: weight @ behind.to(weight.device))
-        _change_site(stream.sites[index], basis, reading)
+        if index == 0 and stream.tied is not None:
+            _change_tied(stream, stream.tied, basis, reading)
+        else:
+            _change_site(stream.sites[index], basis, reading)
+
+
+def _change_tied(stream: Stream, head: StreamTensor, basis: torch.Tensor, reading: torch.Tensor) -> None:
+    """The first site, where a tied head has its basis too."""
+    is_tied = head.value is stream.embeddings.value  # else it is another head on the body of a slice
+    _lead_to_embeddings(stream, basis)
+    _change_site(stream.sites[0], basis, reading)
+    if is_tied:
+        head.module.weight = stream.embeddings.value  # type: ignore[assignment]
+        head.module.in_features = basis.shape[1]  # type: ignore[assignment]
+    else:
+        _contract(head, basis, _IN)
+
+
+def _lead_to_embeddings(stream: Stream, basis: torch.Tensor) -> None:
+    """The matrix before a tied head makes up for a basis that the embeddings E are about to get.
+
+    Of all matrices X, ``(E Q) X`` is nearest to E for ``X = (Q^T E^T E Q)^-1 Q^T E^T E``.
+    """
+    (slot,) = stream.sites[-1].norms
+    change: Any = slot.module.change
+    table = stream.embeddings.value
+    assert table is not None
+    basis = basis.to(table.device)
+    if table.is_meta:
+        leading = basis.mT
+    else:
+        crossed = basis.mT @ gram(table)
+        leading = torch.linalg.pinv(crossed @ basis, hermitian=True) @ crossed
+    change.weight = _parameter(change.weight, leading @ change.weight.double())
+    change.out_features = basis.shape[1]
+
+
+def gram(table: torch.Tensor) -> torch.Tensor:
+    """``E^T E`` in float64, of rows that are never all in float64 at once."""
+    total = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64, device=table.device)
+    for rows in table.detach().split(_ROWS):
+        exact = rows.double()
+        total += exact.mT @ exact
+    return total
 
 
 def _change_shortcut(stream: Stream, index: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ class Width:
         _check_share(self.share, "width")
 
     def __str__(self) -> str:
-        return f"{self.share:g} of the width"
+        return f"{self.share} of the width"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Energy:
         _check_share(self.share, "energy")
 
     def __str__(self) -> str:
-        return f"{self.share:g} of the energy"
+        return f"{self.share} of the energy"
 
     def width(self, eigenvalues: torch.Tensor) -> int:
         """How many of ``(D,)`` descending eigenvalues that takes; sums are good to rounding."""

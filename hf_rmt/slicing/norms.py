@@ -5,6 +5,7 @@ After ``fuse_norms_`` a norm only divides by a length, which no rotation of the 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,17 +24,19 @@ from hf_rmt.models.residual_stream import (
 from hf_rmt.models.stream_modules import StreamNorm, add_shortcuts
 
 
-def fuse_norms_(model: Any, family: Family | None = None) -> Stream:
+def fuse_norms_(model: Any, family: Family | None = None, *, keep_tied: bool = False) -> Stream:
     """Move the gains of all norms of the residual stream into what reads it, in place; the model computes the same.
 
     Readers take the gains into their columns, and what a LayerNorm adds into their biases, which are made where there
     are none. What writes to the stream of a model with LayerNorms loses its mean. A norm on the output of a sublayer
-    keeps its gain in a matrix behind it. The head is untied from the embeddings. On a norm that sits on the residual
-    connection (BERT) its gain stays there, in a matrix of the block.
+    keeps its gain in a matrix behind it. On a norm that sits on the residual connection (BERT) its gain stays there, in
+    a matrix of the block. The head is untied from the embeddings, or read through a matrix.
 
     Args:
         model: of transformers, with its weights in memory; changed in place.
         family: its declaration, where the library has none.
+        keep_tied: a head that is tied to the embeddings stays so where the norms have no mean to take out: the gain
+            before it goes into a matrix behind the last norm.
 
     Returns:
         The stream, whose norms are ``StreamNorm``.
@@ -46,7 +49,10 @@ def fuse_norms_(model: Any, family: Family | None = None) -> Stream:
     stream = stream_of(model, family)
     _check(stream)
     with torch.no_grad():
-        untie_(stream.model)
+        if keep_tied and _can_stay_tied(stream):
+            stream = _without_head(stream)
+        else:
+            untie_(stream.model)
         if stream.family.norm == "layernorm":
             _centre(stream)
         if stream.family.post_norm:
@@ -109,6 +115,23 @@ def _check(stream: Stream) -> None:
                 )
 
 
+def _can_stay_tied(stream: Stream) -> bool:
+    """Whether the head is the embeddings, and these keep their mean."""
+    last = stream.sites[-1]
+    return (
+        stream.family.norm != "layernorm"
+        and len(last.norms) == len(last.readers) == 1
+        and last.readers[0].weight.value is stream.embeddings.value
+    )
+
+
+def _without_head(stream: Stream) -> Stream:
+    """The same stream, with a matrix behind the last norm in mind that leads to the head."""
+    (slot,), (head,) = stream.sites[-1].norms, stream.sites[-1].readers
+    last = replace(stream.sites[-1], norms=(replace(slot, readers=()),))
+    return replace(stream, sites=(*stream.sites[:-1], last), tied=head.weight)
+
+
 def untie_(model: Any) -> list[str]:
     """Give every module that shares a parameter with another one of its own, in place; returns their names."""
     seen: dict[int, str] = {}
@@ -156,7 +179,7 @@ def _fuse_site(stream: Stream, site: StreamSite) -> None:
         gain, bias, eps = gain_of(slot.module, stream.family, stream.width)
         like = next(slot.module.parameters(), next(stream.model.parameters()))
         last = site.block is None
-        change = (stream.width, stream.width) if last and stream.headless else None
+        change = (stream.width, stream.width) if last and not slot.readers else None
         norm = StreamNorm(stream.width, eps, change, bias is not None).to(like.device, like.dtype)
         if norm.change is not None:
             norm.change.weight.copy_(torch.diag(gain))

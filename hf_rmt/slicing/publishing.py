@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rmt import hub
 from hf_rmt.analyzer import RMTAnalyzer
+from hf_rmt.config import SliceConfig
 from hf_rmt.model_card import MANIFEST, ModelRecord, architecture_of, original_in_code, read_scores
 from hf_rmt.models.live import unwrap
 from hf_rmt.origins import Original
@@ -195,14 +196,19 @@ class SlicingRecord(ModelRecord):
         share, _, of = made.keep.partition(" of the ")
         kind = {"width": "Width", "energy": "Energy"}.get(of)
         keep = share if kind is None else f"{kind}({share})"
-        form = "per_block=True" if made.per_block else f'form="{made.form}"'
+        options: dict[str, Any] = {"per_block": True} if made.per_block else {"form": made.form}
+        usual = SliceConfig(per_block=made.per_block)
+        options |= {} if made.weigh_readers == usual.weighs_readers else {"weigh_readers": made.weigh_readers}
+        options |= {} if made.predict == usual.predict else {"predict": made.predict}
+        options["multiple_of"] = made.multiple_of
+        arguments = ", ".join([keep, "texts", *(f"{key}={value!r}" for key, value in options.items())])
         return [
             f"from hf_rmt import {', '.join(filter(None, ('SVDPruner', kind)))}",
             *original_in_code(self),
             "",
             f"# {made.tokens:,} tokens of text were used, which are not recorded: a list of strings, a file, a Hub id.",
             'texts = "texts.txt"',
-            f"sliced = SVDPruner(model).slice({keep}, texts, {form})",
+            f"sliced = SVDPruner(model).slice({arguments})",
         ]
 
     def same_original(self, other: Any) -> bool:

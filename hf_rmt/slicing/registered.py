@@ -40,6 +40,7 @@ class SlicedConfig(QuantizationConfigMixin):
         widths: of the stream at each site, from the embeddings to the end.
         shortcuts: whether residual connections are multiplied by matrices.
         headless: whether the last norm is followed by a matrix that leads back to D, as in a model without a head.
+        tied: whether it is followed by one that leads to the embeddings, which are the head too.
         biases: modules that have a bias although models of this type may have none there; those of the headless model
             by their names in it.
         origin: what whoever sliced the model wants to tell.
@@ -51,6 +52,7 @@ class SlicedConfig(QuantizationConfigMixin):
     widths: list[int]
     shortcuts: bool
     headless: bool
+    tied: bool = False
     biases: list[str] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)
     version: int = _VERSION
@@ -135,6 +137,7 @@ def mark_(stream: Stream, origin: Mapping[str, Any] | None = None) -> SlicedConf
         widths=[width_at(site) for site in stream.sites],
         shortcuts=any(has_shortcuts(block) for block in stream.blocks),
         headless=stream.headless,
+        tied=stream.tied is not None,
         biases=sorted(name for name, reader in _biasable(stream) if _bias(reader) is not None),
         origin=dict(origin or {}),
     )
@@ -159,9 +162,10 @@ def give_structure_(model: Any, record: SlicedConfig) -> Stream:
     stream = _stream_for(model, record)
     for site in stream.sites:
         for slot in site.norms:
-            slot.put(_stream_norm(stream, slot, mapped=site.block is None and stream.headless))
+            slot.put(_stream_norm(stream, slot, mapped=site.block is None and (record.headless or record.tied)))
         for output in site.outputs:
             output.put(_stream_norm(stream, output, mapped=True))
+    stream = stream_of(stream.model, stream.family)  # a head behind a matrix reads the stream no more
     for name, reader in _biasable(stream):
         if name in record.biases and _bias(reader) is None:
             _give_bias(reader)
@@ -182,7 +186,13 @@ def _stream_for(model: Any, record: SlicedConfig) -> Stream:
             f"without it hidden states are {record.widths[-1]} numbers in the basis of the slice. Load it as {kept} "
             "and take .base_model if that is wanted, or slice the headless model"
         )
-    if getattr(model, "all_tied_weights_keys", None):
+    ties = bool(getattr(model, "all_tied_weights_keys", None))
+    if record.tied and not ties and model.get_output_embeddings() is not None:
+        raise ValueError(
+            f"this checkpoint has no head of its own for {name}, which is tied to its embeddings: load it without "
+            "tie_word_embeddings=False"
+        )
+    if ties and not record.tied:
         raise ValueError(
             f"{name} ties its head to its embeddings, which in a sliced model are in another basis: pass "
             "tie_word_embeddings=False to from_pretrained for a head of its own"

@@ -39,6 +39,8 @@ def registered_size(stream: Stream, width: int, shortcuts: bool) -> int:
         whole -= blocks * steps * stream.width**2
         shortcuts = True
     on_stream = sum(value.numel() // stream.width for site in stream.sites for value in _along(site))
+    if stream.tied is not None:  # of the matrix before the head both axes are cut, the second one when the first is
+        on_stream += width
     return whole - on_stream * (stream.width - width) + (blocks * steps * width**2 if shortcuts else 0)
 
 

@@ -19,7 +19,7 @@ from hf_rmt.models.families import family_of
 from hf_rmt.models.live import unwrap
 from hf_rmt.models.residual_stream import Family, Stream, StreamSite, stream_of
 from hf_rmt.reports.covariances import ActivationCovariances
-from hf_rmt.slicing.basis import change_basis_, give_shortcuts_
+from hf_rmt.slicing.basis import change_basis_, give_shortcuts_, gram
 from hf_rmt.slicing.calibration import collect_stream, moments_of_sites, refuse_few, refuse_other_weights
 from hf_rmt.slicing.keep import Energy, Keep, Width, check_keep, widest
 from hf_rmt.slicing.norms import fuse_norms_, refuse
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _WIDE, _MULTIPLE = 512, 8
 #: Largest relative change of the output when norms are fused: of single precision, and of half.
 _SINGLE, _HALF = 1e-3, 0.2
+#: How much the rows of a tied table of tokens count beside the stream at all sites together.
+_TABLE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class SliceRecord:
         parameters: of the sliced one.
         energy: share of the sum of the eigenvalues of the stream's covariance that was kept, mean over sites.
         tokens: that it was calibrated on.
+        weigh_readers, predict, multiple_of: of ``SliceConfig``, what None stands for made out.
+        tied: whether the head is still the embeddings.
     """
 
     model: str
@@ -68,6 +72,10 @@ class SliceRecord:
     parameters: int
     energy: float
     tokens: int
+    weigh_readers: bool
+    predict: bool
+    multiple_of: int
+    tied: bool
 
     @property
     def share(self) -> float:
@@ -201,7 +209,7 @@ class _Slicer:
         before = output_of(self.model, batch)
         if not bool(before.isfinite().all()):
             raise ValueError(f"{type(small).__name__} puts out NaN or Inf: repair its weights before it is sliced")
-        stream = fuse_norms_(small, self.family)
+        stream = fuse_norms_(small, self.family, keep_tied=self.form == "registered")
         if self.config.per_block:
             give_shortcuts_(stream)
         error = relative_error(output_of(small, batch), before)
@@ -217,7 +225,7 @@ class _Slicer:
     def _cut_at_once(self, stream: Stream, moments: Sequence[Moments]) -> SliceRecord:
         """One basis for the whole model, from what flows through it uncut."""
         covariances = [one.covariance() for one in moments]
-        vectors = self._basis(covariances, stream.sites)
+        vectors = self._basis(stream, covariances, stream.sites)
         shares = [(vectors * (one @ vectors)).sum(0) / one.trace() for one in covariances]
         energies = torch.stack(shares).mean(0)
         wanted, width = self._width(stream, energies)
@@ -238,7 +246,7 @@ class _Slicer:
         def basis_of(index: int, moments: Moments) -> tuple[torch.Tensor, torch.Tensor | None]:
             refuse_few(moments.tokens, stream.width)
             covariance = moments.covariance()
-            vectors = self._basis([covariance], [stream.sites[index]])
+            vectors = self._basis(stream, [covariance], [stream.sites[index]])
             energies = (vectors * (covariance @ vectors)).sum(0) / covariance.trace()
             sizes.append(fixed or self._width(stream, energies))
             basis = vectors[:, : sizes[-1][1]]
@@ -249,12 +257,16 @@ class _Slicer:
         wanted, width = max(sizes)
         return self._record(stream, wanted, width, sum(kept) / len(kept), tokens)
 
-    def _basis(self, covariances: Sequence[torch.Tensor], sites: Sequence[StreamSite]) -> torch.Tensor:
+    def _basis(self, stream: Stream, covariances: Sequence[torch.Tensor], sites: Sequence[StreamSite]) -> torch.Tensor:
         """``(D, D)`` orthonormal columns, the most important first."""
-        weigh = not self.config.per_block if self.config.weigh_readers is None else self.config.weigh_readers
-        if weigh:
-            return reading_basis(covariances, [_read(site, len(covariances[0])) for site in sites])[1]
-        return principal_basis(covariances)[1]
+        # What is cut of a tied table, the head lacks too.
+        with_table = stream.tied is not None and sites[0] is stream.sites[0]
+        tables = [_table(stream) * _TABLE * len(sites)] if with_table else []
+        if not self.config.weighs_readers:
+            return principal_basis([*covariances, *tables])[1]
+        bare = torch.eye(stream.width, dtype=torch.float64)
+        readers = [*(_read(stream, site) for site in sites), *(bare for _ in tables)]
+        return reading_basis([*covariances, *tables], readers)[1]
 
     # How wide
 
@@ -272,16 +284,18 @@ class _Slicer:
         else:
             budget = self.keep * self.before
             wanted = widest(full, lambda width: self._size(stream, width) <= budget)
-        multiple = self.config.multiple_of or (_MULTIPLE if full >= _WIDE else 1)
-        width = wanted - wanted % multiple
+        width = wanted - wanted % self._multiple()
         if width and self.form == "plain":
             from hf_rmt.slicing.plain import plain_width
 
             width = plain_width(self.model.config, width, type(self.model), self.family)
         if self._columns(width) < 1:
-            steps = f"{full} in steps of {multiple}"
+            steps = f"{full} in steps of {self._multiple()}"
             raise ValueError(f"keep={self.keep} leaves a stream of width {width}, of {steps}: keep more")
         return wanted, width
+
+    def _multiple(self) -> int:
+        return self.config.multiple_of or (_MULTIPLE if self.dense.width >= _WIDE else 1)
 
     def _columns(self, width: int) -> int:
         """Directions that a stream of some width holds: a plain LayerNorm takes one."""
@@ -300,7 +314,7 @@ class _Slicer:
             **RMTAnalyzer(self.model).origin,
             form=self.form,
             per_block=self.config.per_block,
-            keep=str(self.keep) if isinstance(self.keep, (Width, Energy)) else f"{self.keep:g} of the parameters",
+            keep=str(self.keep) if isinstance(self.keep, (Width, Energy)) else f"{self.keep} of the parameters",
             original_width=stream.width,
             width=width,
             rounded_from=wanted,
@@ -308,6 +322,10 @@ class _Slicer:
             parameters=plain_size(self.dense, width) if self.form == "plain" else parameters_of(stream.model),
             energy=energy,
             tokens=tokens,
+            weigh_readers=self.config.weighs_readers,
+            predict=self.config.predict,
+            multiple_of=self._multiple(),
+            tied=stream.tied is not None,
         )
 
     def _in_form(self, stream: Stream, record: SliceRecord) -> Any:
@@ -343,21 +361,30 @@ def _is_stacked(site: StreamSite) -> bool:
     return any(reader.weight.value is not None and reader.weight.value.ndim > 2 for reader in site.readers)
 
 
-def _read(site: StreamSite, width: int) -> torch.Tensor:
+def _read(stream: Stream, site: StreamSite) -> torch.Tensor:
     """``(D, D)``, the sum of ``W^T W`` over the readers of a site; the identity where nothing reads it."""
-    total = torch.zeros(width, width, dtype=torch.float64)
+    total = torch.zeros(stream.width, stream.width, dtype=torch.float64)
     for reader in site.readers:
         value = reader.weight.value
         assert value is not None
-        rows = value.detach().movedim(reader.weight.axis, -1).reshape(-1, width)
-        exact = rows.double()
-        total += (exact.mT @ exact).cpu()
-    return total if bool(total.any()) else torch.eye(width, dtype=torch.float64)
+        total += gram(value.movedim(reader.weight.axis, -1).reshape(-1, stream.width)).cpu()
+    if site.block is None and stream.tied is not None and stream.embeddings.value is not None:
+        before_head: Any = site.norms[0].module
+        gain = before_head.change.weight.detach().double()
+        total += (gain.mT @ gram(stream.embeddings.value) @ gain).cpu()
+    return total if bool(total.any()) else torch.eye(stream.width, dtype=torch.float64)
+
+
+def _table(stream: Stream) -> torch.Tensor:
+    """``(D, D)``, second moment of the rows of the table of tokens, as if their mean square were 1."""
+    assert stream.embeddings.value is not None
+    total = gram(stream.embeddings.value).cpu()
+    return total * len(total) / total.trace()
 
 
 def _grows(record: SliceRecord, before: int) -> str:
     return (
         f"a slice of width {record.width} has {record.parameters:,} parameters and the model {before:,}, as slicing "
-        "unties its head, and matrices in residual connections cost width^2 each: keep less, or take one basis for the "
-        "whole model"
+        "unties its head unless the form is registered, and matrices in residual connections cost width^2 each: keep "
+        "less, or take one basis for the whole model"
     )

@@ -38,8 +38,10 @@ _VIT.pop("vocab_size")
 #: kind -> class, its configuration, sizes, the auto class that loads it, a basis for every site of its own
 KINDS: dict[str, tuple[str, str, dict[str, Any], str, bool]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**_GROUPED, "tie_word_embeddings": True}, "CausalLM", False),
+    "llama tied": ("LlamaForCausalLM", "LlamaConfig", {**_GROUPED, "tie_word_embeddings": True}, "CausalLM", False),
     "llama per site": ("LlamaForCausalLM", "LlamaConfig", _GROUPED, "CausalLM", True),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**_GROUPED, "head_dim": 8}, "CausalLM", True),
+    "gemma2 tied": ("Gemma2ForCausalLM", "Gemma2Config", {**_GROUPED, "head_dim": 8}, "CausalLM", True),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _GROUPED, "CausalLM", True),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_GROUPED, "num_local_experts": 3}, "CausalLM", True),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2, "CausalLM", False),
@@ -91,10 +93,10 @@ def orthonormal(rows: int, columns: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(rows, rows, dtype=torch.float64))[0][:, :columns]
 
 
-def sliced(model: Any, per_site: bool = False) -> Stream:
+def sliced(model: Any, per_site: bool = False, tied: bool = False) -> Stream:
     """Of widths that differ, but for experts, whose products need multiples of 8."""
     torch.manual_seed(1)
-    stream = fuse_norms_(model)
+    stream = fuse_norms_(model, keep_tied=tied)
     widths = [24 if model.config.model_type == "mixtral" else 28 - 2 * (i % 3) for i in range(len(stream.sites))]
     change_basis_(stream, [orthonormal(32, width) for width in widths] if per_site else orthonormal(32, 24))
     return stream
@@ -120,7 +122,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sliced")
     for kind, (_, _, _, auto, per_site) in KINDS.items():
         model = random_model(kind)
-        mark_(sliced(model, per_site), {"from": kind})
+        mark_(sliced(model, per_site, tied=kind.endswith("tied")), {"from": kind})
         model.save_pretrained(root / kind)
         known = {"auto": f"For{auto}" if auto else "", "inputs": inputs_of(kind), "output": output_of(model, kind)}
         torch.save(known, root / kind / "known.pt")
@@ -182,6 +184,7 @@ def test_the_record_is_json_and_the_sizes_stay(saved: Path) -> None:
         "widths": [28, 26, 24, 28, 26],
         "shortcuts": True,
         "headless": False,
+        "tied": False,
         "biases": [],
         "origin": {"from": "llama per site"},
         "version": 1,
@@ -192,7 +195,7 @@ def test_the_record_is_json_and_the_sizes_stay(saved: Path) -> None:
     assert "h.0.attn.c_attn" in record["biases"]
 
 
-@pytest.mark.parametrize("kind", ["llama per site", "mixtral", "vit", "bert headless"])
+@pytest.mark.parametrize("kind", ["llama per site", "gemma2 tied", "mixtral", "vit", "bert headless"])
 def test_saved_again_it_is_the_same(saved: Path, tmp_path: Path, kind: str) -> None:
     model = getattr(transformers, KINDS[kind][0]).from_pretrained(saved / kind)
     model.save_pretrained(tmp_path)
@@ -302,6 +305,9 @@ def test_a_new_head_on_the_body_of_another_model(saved: Path) -> None:
     with torch.no_grad():
         states = [model.base_model(TOKENS)[0] for model in (new, old)]
     assert torch.equal(*states)
+    new = classifier.from_pretrained(saved / "llama tied")
+    assert new.score.in_features == new.model.norm.change.out_features == 24
+    assert new.score(new.model(TOKENS)[0]).shape == (2, 12, 2)
     new = classifier.from_pretrained(saved / "bert headless")
     assert new.classifier.in_features == new.bert.pooler.dense.in_features == 32
     with torch.no_grad():
@@ -315,9 +321,19 @@ def test_a_headed_slice_is_not_loaded_without_its_head(saved: Path) -> None:
         transformers.AutoModel.from_pretrained(saved / "llama per site")
 
 
-def test_a_slice_is_not_tied(saved: Path) -> None:
+def test_a_head_of_its_own_is_not_tied(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"ties its head .* pass tie_word_embeddings=False"):
         transformers.AutoModelForCausalLM.from_pretrained(saved / "llama", tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("kind", ["llama tied", "gemma2 tied"])
+def test_a_slice_whose_head_stays_tied(kind: str, saved: Path) -> None:
+    auto = transformers.AutoModelForCausalLM
+    loaded: Any = auto.from_pretrained(saved / kind)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and loaded.config.tie_word_embeddings
+    assert "lm_head.weight" not in load_file(saved / kind / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no head of its own for \w+ForCausalLM.*without tie_word_embeddings=False"):
+        auto.from_pretrained(saved / kind, tie_word_embeddings=False)
 
 
 def test_a_checkpoint_that_lacks_tensors_is_refused(saved: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_rmt import SVDPruner
 from hf_rmt.models.residual_stream import stream_of
+from hf_rmt.slicing import slicer
 from hf_rmt.slicing.basis import change_basis_
 from hf_rmt.slicing.calibration import collect_stream
 from hf_rmt.slicing.keep import Energy, Width
@@ -52,6 +53,38 @@ def test_a_slice_is_smaller_by_what_it_says(name: str, per_block: bool, stream_m
     assert all(torch.equal(value, bits[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("per_block", [False, True])
+@pytest.mark.parametrize("keep", [0.7, Width(0.6), Energy(0.9)])
+def test_a_registered_slice_keeps_its_head_tied(keep: Any, per_block: bool, stream_model: StreamModel) -> None:
+    model = stream_model("llama", vocab_size=400)
+    small = slice_model(model, keep, batches(model), form="registered", per_block=per_block, **_QUIET)
+    record = small.sliced
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    assert record.parameters == parameters(small) < parameters(model) == record.original_parameters
+    if keep == 0.7:
+        assert record.share <= 0.7
+        plain = slice_model(model, 0.7, batches(model), form="plain", **_QUIET)
+        assert record.width > plain.sliced.width
+
+
+def test_what_a_tied_head_needs_of_the_embeddings_is_kept(stream_model: StreamModel, monkeypatch) -> None:
+    """Tokens that the calibration data has not are embedded along a direction that it does not fill."""
+    model = stream_model("llama", vocab_size=400)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 40, (12, 24), generator=generator)
+    with torch.no_grad():
+        along, direction = torch.randn(360, 1, generator=generator), torch.randn(1, 48, generator=generator)
+        model.lm_head.weight[40:] += 3 * along * direction
+
+    def kept() -> float:
+        small = slice_model(model, Width(0.3), [{"input_ids": ids}], form="registered", **_QUIET)
+        return float(small.lm_head.weight.detach().norm() / model.lm_head.weight.detach().norm())
+
+    with_table = kept()
+    monkeypatch.setattr(slicer, "_TABLE", 0)
+    assert with_table > 0.95 and kept() < 0.9
+
+
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"electra_wide", "mistral", "qwen2"}))
 def test_all_of_the_width_is_the_model_itself(name: str, stream_model: StreamModel) -> None:
     """Nothing is lost but rounding; as it is larger than the model that is refused, so the parts are put together."""
@@ -65,7 +98,7 @@ def test_all_of_the_width_is_the_model_itself(name: str, stream_model: StreamMod
 
 
 def test_one_basis_is_that_of_all_sites_together(stream_model: StreamModel) -> None:
-    model = stream_model("llama", torch.float64)
+    model = stream_model("llama", torch.float64, tie_word_embeddings=False)
     covariances = collect_stream(model, batches(model), **_QUIET)
     small = slice_model(model, Width(0.5), covariances, form="registered", **_BARE)
     total = sum(covariances[site.key].outer for site in stream_of(model).sites)
@@ -101,7 +134,7 @@ def test_directions_without_data_cost_nothing(stream_model: StreamModel) -> None
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "olmo2", "electra"])
 def test_bases_in_sequence_are_those_of_what_is_sliced_already(name: str, stream_model: StreamModel) -> None:
     """Against the slow way: cut the first sites, run the whole model, look at the next."""
-    model = stream_model(name, torch.float64)
+    model = stream_model(name, torch.float64, **{"tie_word_embeddings": False} if name == "llama" else {})
     small = slice_model(model, Width(0.5), batches(model), per_block=True, form="registered", **_BARE)
     slow = copy.deepcopy(model)
     stream = fuse_norms_(slow)
@@ -180,7 +213,7 @@ def test_energy_by_site_gives_widths_of_their_own(stream_model: StreamModel) -> 
 
 
 def test_predicting_readers_lose_less(stream_model: StreamModel) -> None:
-    model = stream_model("llama")
+    model = stream_model("llama", tie_word_embeddings=False)
     covariances = collect_stream(model, batches(model), **_QUIET)
     stream = stream_of(model)
     errors = {}

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_rmt.models import families
 from hf_rmt.models.families import family_of, known_families, register_family
-from hf_rmt.models.residual_stream import Branch, stream_of
+from hf_rmt.models.residual_stream import Branch, Stream, stream_of
 from hf_rmt.models.stream_modules import StreamNorm, has_shortcuts
 from hf_rmt.slicing.basis import change_basis_, rotate_, slice_
 from hf_rmt.slicing.norms import fuse_norms_
@@ -104,6 +104,49 @@ def test_frozen_stays_frozen(stream_model: StreamModel) -> None:
     stream = fuse_norms_(model)
     change_basis_(stream, rotations(len(stream.sites)))
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+TIED = ("llama", "gemma", "gemma2", "gemma3_text")
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_head_stays_tied_behind_a_matrix(name: str, stream_model: StreamModel) -> None:
+    model = stream_model(name, torch.float64)
+    batch = sample_batch(model)
+    expected = output_of(model, batch)
+    stream = fuse_norms_(model, keep_tied=True)
+    for change in (lambda: None, lambda: change_basis_(stream, rotations(1)[0]), lambda: per_site(stream)):
+        change()
+        assert relative_error(output_of(model, batch), expected) < 1e-5
+        assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert sum("change" in name for name, _ in model.named_parameters()) >= 1
+
+
+def per_site(stream: Stream) -> None:
+    change_basis_(stream, rotations(len(stream.sites)))
+
+
+@pytest.mark.parametrize("vocabulary", [80, 20])
+def test_a_tied_head_is_the_nearest_that_cut_embeddings_can_be(vocabulary: int, stream_model: StreamModel) -> None:
+    """By least squares; also where there are fewer tokens than dimensions."""
+    model = stream_model("llama", torch.float64, vocab_size=vocabulary)
+    table, gain = model.lm_head.weight.detach().clone(), model.model.norm.weight.detach().clone()
+    first, last = (rotation[:, :width] for rotation, width in zip(rotations(2), (30, 20), strict=True))
+    stream = fuse_norms_(model, keep_tied=True)
+    change_basis_(stream, [first, *[last] * (len(stream.sites) - 1)])
+    wanted = (table * gain) @ last
+    best = torch.linalg.lstsq(table @ first, wanted, driver="gelsd").solution
+    found = model.lm_head.weight @ model.model.norm.change.weight
+    assert torch.allclose(model.lm_head.weight, table @ first)
+    assert torch.allclose(found, table @ first @ best, atol=1e-9)
+    assert (model.lm_head.in_features, model.model.norm.change.weight.shape) == (30, (30, 20))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "cohere", "mistral"])
+def test_heads_that_cannot_stay_tied_or_never_were(name: str, stream_model: StreamModel) -> None:
+    """A LayerNorm takes the mean out of the embeddings, which the head would miss."""
+    stream = fuse_norms_(stream_model(name), keep_tied=True)
+    assert stream.tied is None and not stream.model.config.tie_word_embeddings
 
 
 # Wrong declarations
