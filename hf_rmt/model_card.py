@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hf_rmt import __version__
 from hf_rmt.models.digests import digest_of
 from hf_rmt.models.live import unwrap
-from hf_rmt.origins import Original
+from hf_rmt.models.origins import Original
 from hf_rmt.reports.sweep import NONE, SweepTable
 from hf_rmt.surgery.editor import Edit, Editor
 

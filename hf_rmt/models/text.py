@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_rmt.models.origins import Original
 from hf_rmt.models.text_sources import Source, source_of
 
 #: Texts are sorted by length within so many batches.
@@ -68,7 +69,7 @@ def tokenizer_of(model: Any) -> Any:
     """The tokenizer that a model was saved with.
 
     Args:
-        model: a model, or the folder or Hub id of one. Nothing is fetched for a model from a local folder.
+        model: a model, or the folder or Hub id of one. Nothing is fetched for a model that is not from the Hub.
 
     Raises:
         ValueError: it names no tokenizer, or has none.
@@ -81,8 +82,9 @@ def tokenizer_of(model: Any) -> Any:
         name, revision, local = str(model), None, os.path.isdir(model)
     else:
         config: Any = getattr(unwrap(model), "config", None)
-        name, revision = getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None)
-        local = os.path.isdir(name) or revision is None  # what came from the Hub knows its commit
+        name = getattr(config, "_name_or_path", "")
+        original = Original.of(name, getattr(config, "_commit_hash", None))
+        revision, local = original.revision, original.hub_id is None
     if not name:
         raise ValueError(f"{type(unwrap(model)).__name__} was not loaded, so it has no tokenizer: pass tokenizer=")
     try:

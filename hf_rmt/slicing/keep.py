@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -53,7 +54,7 @@ def check_keep(keep: Keep) -> Keep:
     """
     if isinstance(keep, (Width, Energy)):
         return keep
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+    if isinstance(keep, bool) or not isinstance(keep, Real):
         raise TypeError(f"keep is {keep!r}: give a share of the parameters as 0.75, or Width(0.75), or Energy(0.99)")
     _check_share(float(keep), "parameters")
     return float(keep)
@@ -87,7 +88,7 @@ def widest(upper: int, fits: Callable[[int], bool]) -> int:
 
 
 def _check_share(share: float, of: str) -> None:
-    if isinstance(share, bool) or not isinstance(share, (int, float)):
+    if isinstance(share, bool) or not isinstance(share, Real):
         raise TypeError(f"a share of the {of} is {share!r}, which is no number")
     if not 0 < share <= 1:
         raise ValueError(f"a share of the {of} is {share!r}: it lies above 0 and is at most 1")

@@ -181,4 +181,5 @@ def _hiding(directions: torch.Tensor, centred: bool) -> _Hook:
         seen = exact - exact.mean(-1, keepdim=True) if centred else exact
         return (seen - exact_matmul(exact_matmul(seen, removed), removed.mT)).to(value.dtype)
 
+    hide.hides_stream = True  # type: ignore[attr-defined]  # for whoever is to leave such a model alone
     return hide

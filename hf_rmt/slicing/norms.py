@@ -69,8 +69,8 @@ def refuse(model: Any) -> None:
     """Raise where the residual stream of a model cannot be worked on.
 
     Raises:
-        ValueError: not of transformers; sliced or quantised; offloaded, dispatched or sharded; with adapters; or with
-            a module that stands at two places.
+        ValueError: not of transformers; sliced or quantised; offloaded, dispatched or sharded; projected; with
+            adapters; or with a module that stands at two places.
     """
     name = type(model).__name__
     if not hasattr(model, "config") or not hasattr(model, "base_model"):
@@ -85,6 +85,9 @@ def refuse(model: Any) -> None:
             hasattr(module, "_hf_hook") for _, module in modules
         ),
         "its weights are sharded over processes": any(hasattr(p, "full_tensor") for p in parameters.values()),
+        "directions of it are hidden by SVDPruner.project or project_: undo that first": any(
+            hasattr(hook, "hides_stream") for _, module in modules for hook in module._forward_pre_hooks.values()
+        ),
         "it has adapters: merge them first": any("lora_" in key or ".base_layer." in key for key in parameters),
         "its weights are not floating-point numbers": not all(p.is_floating_point() for p in parameters.values()),
         f"the modules {' and '.join(twice[:2])} are one, and what is tied so cannot be untied": bool(twice),

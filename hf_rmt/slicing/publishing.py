@@ -13,7 +13,7 @@ from hf_rmt.analyzer import RMTAnalyzer
 from hf_rmt.config import SliceConfig
 from hf_rmt.model_card import MANIFEST, ModelRecord, architecture_of, original_in_code, read_scores
 from hf_rmt.models.live import unwrap
-from hf_rmt.origins import Original
+from hf_rmt.models.origins import Original
 from hf_rmt.slicing.slicer import SliceRecord
 
 if TYPE_CHECKING:

@@ -504,6 +504,23 @@ def test_tokenizer_of_a_model_from_the_hub_is_that_of_its_commit(make_model, tok
     assert calls == [("owner/name", {"revision": "abc", **shared}), ("owner/other", {"revision": None, **shared})]
 
 
+def test_a_model_that_does_not_say_its_commit_is_known_by_the_cache(
+    make_model, tokenizer, monkeypatch, tmp_path
+) -> None:
+    calls = []
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda name, **options: calls.append((name, options)) or tokenizer
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    model = make_model("bert")
+    model.config._name_or_path = "owner/name"
+    tokenizer_of(model)
+    assert calls == [("owner/name", {"revision": "abc", "local_files_only": False, "trust_remote_code": False})]
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama"])
 def test_no_tokenizer(family: str, make_model, tmp_path) -> None:
     """For some families transformers makes up an empty tokenizer, which knows no word."""

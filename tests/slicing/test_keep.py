@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,8 @@ def test_check_keep_gives_back_what_makes_sense() -> None:
         assert check_keep(keep) is keep
     whole = check_keep(1)
     assert whole == 1.0 and isinstance(whole, float)
+    assert check_keep(np.float32(0.5)) == 0.5 and str(Width(np.float32(0.5))) == "0.5 of the width"
+    assert str(Width(1 / 3)) == f"{1 / 3} of the width"  # enough to make it again
 
 
 @pytest.mark.parametrize(

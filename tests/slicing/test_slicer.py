@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_rmt import SVDPruner
+from hf_rmt import Rank, SVDPruner, project_
 from hf_rmt.models.residual_stream import stream_of
 from hf_rmt.slicing import slicer
 from hf_rmt.slicing.basis import change_basis_
@@ -312,6 +312,11 @@ def test_models_that_cannot_be_sliced(stream_model: StreamModel) -> None:
     covariances = collect_stream(model, batches(model), **_QUIET)
     with pytest.raises(ValueError, match="found on what was sliced before it: give the calibration data itself"):
         slice_model(model, 0.8, covariances, per_block=True, **_QUIET)
+    projection = project_(stream_of(model), Rank(3), covariances)
+    with pytest.raises(ValueError, match=r"directions of it are hidden by SVDPruner.project or project_: undo that"):
+        slice_model(model, 0.8, covariances, **_QUIET)
+    projection.undo()
+    assert slice_model(model, 0.8, covariances, **_QUIET).sliced.width < 48
 
 
 def test_a_wrong_declaration_is_noticed_before_anything_is_cut(stream_model: StreamModel, monkeypatch) -> None:
