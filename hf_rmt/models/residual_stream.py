@@ -113,13 +113,11 @@ class Reader:
 
 
 @dataclass(frozen=True, eq=False)
-class NormSlot:
-    """A place where a norm sits: attribute ``name`` of ``owner``; and who reads what it puts out."""
+class Slot:
+    """A place where a norm sits: attribute ``name`` of ``owner``."""
 
     owner: nn.Module
     name: str
-    path: str
-    readers: tuple[Reader, ...]
 
     @property
     def module(self) -> nn.Module:
@@ -132,20 +130,11 @@ class NormSlot:
 
 
 @dataclass(frozen=True, eq=False)
-class OutputSlot:
-    """A norm on the output of a sublayer, which is added to the stream."""
+class NormSlot(Slot):
+    """That of a norm on the stream: its path, and who reads what it puts out."""
 
-    owner: nn.Module
-    name: str
-
-    @property
-    def module(self) -> nn.Module:
-        """The norm that is there."""
-        return getattr(self.owner, self.name)
-
-    def put(self, module: nn.Module) -> None:
-        """Place another one there."""
-        setattr(self.owner, self.name, module)
+    path: str
+    readers: tuple[Reader, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +152,7 @@ class StreamSite:
 
     key: str
     writers: tuple[StreamTensor, ...]
-    outputs: tuple[OutputSlot, ...]
+    outputs: tuple[Slot, ...]
     norms: tuple[NormSlot, ...]
     bare: tuple[Reader, ...]
     block: int | None
@@ -175,7 +164,7 @@ class StreamSite:
         return [*self.bare, *(reader for slot in self.norms for reader in slot.readers)]
 
     @property
-    def slots(self) -> list[NormSlot | OutputSlot]:
+    def slots(self) -> list[Slot]:
         """All norms here, on the stream and on what is added to it."""
         return [*self.norms, *self.outputs]
 
@@ -256,7 +245,7 @@ class _Binding:
         """Before the first step, between two, and after the last one; the writers of a step belong to the site
         behind it."""
         writers = tuple(self._writers(self.base, self.family.entry))
-        outputs: tuple[OutputSlot, ...] = ()
+        outputs: tuple[Slot, ...] = ()
         norms: tuple[NormSlot, ...] = ()
         if self.family.entry_norm is not None:
             norms = self._slot(self.base, self.family.entry_norm, ())
@@ -304,9 +293,9 @@ class _Binding:
         prefix = "" if block is None else f"{self.family.blocks}.{block}."
         return (NormSlot(owner, name, prefix + path, tuple(readers)),)
 
-    def _output(self, block: nn.Module, path: str) -> OutputSlot:
+    def _output(self, block: nn.Module, path: str) -> Slot:
         (slot,) = self._slot(block, path, ())
-        return OutputSlot(slot.owner, slot.name)
+        return Slot(slot.owner, slot.name)
 
     def _readers(self, root: nn.Module, paths: Sequence[str]) -> Iterator[Reader]:
         for path in paths:

@@ -14,8 +14,8 @@ from torch import nn
 from hf_rmt.models.live import unwrap
 from hf_rmt.models.residual_stream import (
     Family,
-    OutputSlot,
     Reader,
+    Slot,
     Stream,
     StreamSite,
     StreamTensor,
@@ -61,7 +61,7 @@ def fuse_norms_(model: Any, family: Family | None = None, *, keep_tied: bool = F
             _fuse_site(stream, site)
         for site in stream.sites:
             for output in site.outputs:
-                output.put(_with_gain(stream, output).train(output.module.training))
+                output.put(fused_norm(stream, output, mapped=True))
     return stream
 
 
@@ -179,20 +179,14 @@ def _add_shortcuts(stream: Stream) -> None:
 
 def _fuse_site(stream: Stream, site: StreamSite) -> None:
     for slot in site.norms:
-        gain, bias, eps = gain_of(slot.module, stream.family, stream.width)
-        like = next(slot.module.parameters(), next(stream.model.parameters()))
+        gain, bias, _ = gain_of(slot.module, stream.family, stream.width)
         last = site.block is None
-        change = (stream.width, stream.width) if last and not slot.readers else None
-        norm = StreamNorm(stream.width, eps, change, bias is not None).to(like.device, like.dtype)
-        if norm.change is not None:
-            norm.change.weight.copy_(torch.diag(gain))
-            if bias is not None:
-                norm.change.bias.copy_(bias)
+        norm = fused_norm(stream, slot, mapped=last and not slot.readers)
         for reader in slot.readers:
             _absorb(reader, gain, bias)
         if stream.family.post_norm and not last:
             _into_residual(stream, site, gain, bias)
-        slot.put(norm.train(slot.module.training))
+        slot.put(norm)
     if stream.family.post_norm and not site.norms and site.block is not None:
         _into_residual(stream, site, torch.ones(stream.width, dtype=torch.float64), None)
 
@@ -225,15 +219,16 @@ def _into_residual(stream: Stream, site: StreamSite, gain: torch.Tensor, bias: t
             _store(target, _value(target) + shift)
 
 
-def _with_gain(stream: Stream, output: OutputSlot) -> StreamNorm:
-    """A norm on the output of a sublayer, its gain in a matrix."""
-    gain, bias, eps = gain_of(output.module, stream.family, stream.width)
-    like = next(output.module.parameters(), next(stream.model.parameters()))
-    norm = StreamNorm(stream.width, eps, (stream.width, stream.width), bias is not None).to(like.device, like.dtype)
-    assert norm.change is not None
-    norm.change.weight.copy_(torch.diag(gain))
-    if bias is not None:
-        norm.change.bias.copy_(bias)
+def fused_norm(stream: Stream, slot: Slot, mapped: bool) -> StreamNorm:
+    """What comes into the place of a norm; ``mapped``: with a matrix behind it, which holds the gain."""
+    gain, bias, eps = gain_of(slot.module, stream.family, stream.width)
+    like = next(slot.module.parameters(), next(stream.model.parameters()))
+    norm = StreamNorm(stream.width, eps, (stream.width, stream.width) if mapped else None, bias is not None)
+    norm.to(like.device, like.dtype).train(slot.module.training)
+    if norm.change is not None:
+        norm.change.weight.copy_(torch.diag(gain))
+        if bias is not None:
+            norm.change.bias.copy_(bias)
     return norm
 
 

@@ -21,10 +21,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rmt.models.families import family_of
-from hf_rmt.models.residual_stream import NormSlot, OutputSlot, Reader, Stream, stream_of
+from hf_rmt.models.residual_stream import Reader, Stream, stream_of
 from hf_rmt.models.stream_modules import StreamNorm, has_shortcuts
 from hf_rmt.slicing.basis import change_basis_, give_shortcuts_, width_at
-from hf_rmt.slicing.norms import gain_of
+from hf_rmt.slicing.norms import fused_norm
 
 #: What stands as ``quant_method`` in the configuration of a sliced model.
 METHOD = "hf_rmt_sliced"
@@ -160,11 +160,12 @@ def give_structure_(model: Any, record: SlicedConfig) -> Stream:
         ValueError: the family is not declared (``register_family``), or the model is not one that the slice fits.
     """
     stream = _stream_for(model, record)
-    for site in stream.sites:
-        for slot in site.norms:
-            slot.put(_stream_norm(stream, slot, mapped=site.block is None and (record.headless or record.tied)))
-        for output in site.outputs:
-            output.put(_stream_norm(stream, output, mapped=True))
+    with torch.no_grad():
+        for site in stream.sites:
+            for slot in site.norms:
+                slot.put(fused_norm(stream, slot, mapped=site.block is None and (record.headless or record.tied)))
+            for output in site.outputs:
+                output.put(fused_norm(stream, output, mapped=True))
     stream = stream_of(stream.model, stream.family)  # a head behind a matrix reads the stream no more
     for name, reader in _biasable(stream):
         if name in record.biases and _bias(reader) is None:
@@ -205,14 +206,6 @@ def _stream_for(model: Any, record: SlicedConfig) -> Stream:
             "and the declaration of its family that it was sliced by"
         )
     return stream
-
-
-def _stream_norm(stream: Stream, slot: NormSlot | OutputSlot, mapped: bool) -> StreamNorm:
-    """What ``fuse_norms_`` puts in the place of a norm."""
-    _, bias, eps = gain_of(slot.module, stream.family, stream.width)
-    like = next(slot.module.parameters(), next(stream.model.parameters()))
-    norm = StreamNorm(stream.width, eps, (stream.width, stream.width) if mapped else None, bias is not None)
-    return norm.to(like.device, like.dtype)
 
 
 def _biasable(stream: Stream) -> Iterator[tuple[str, Reader]]:
