@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from hf_rmt.config import AnalysisConfig, CollectConfig, SliceConfig
 from hf_rmt.evaluation import Perplexity
@@ -17,7 +15,8 @@ from hf_rmt.models.loading import load_model
 from hf_rmt.models.text import text_batches, tokenizer_of
 from hf_rmt.slicing.keep import parse_keep
 from hf_rmt.slicing.publishing import push_sliced, refuse_another_model, save_sliced
-from hf_rmt.slicing.slicer import SliceRecord, slice_model
+from hf_rmt.slicing.slicer import slice_model
+from hf_rmt.tables import slice_table
 
 
 def run(model: str, out: Path, options: dict[str, Any]) -> None:
@@ -39,34 +38,11 @@ def run(model: str, out: Path, options: dict[str, Any]) -> None:
     scores = {"before": before, "after": evaluate(small), "dataset": _hub_id(options["evaluate"])} if evaluate else None
     save_sliced(small, out, metrics=scores, overwrite=options["overwrite"])
     Console().print(slice_table(small.sliced, scores))
+    click.echo(str(small.sliced))
     click.echo(f"sliced model: {out}")
     if options["repository"]:
         commit = push_sliced(small, options["repository"], metrics=scores, private=options["private"] or None)
         click.echo(f"on the Hub: {commit.commit_url}")
-
-
-def slice_table(record: SliceRecord, scores: dict[str, Any] | None = None) -> Table:
-    """What was kept of a model, and what that did to its scores."""
-    table = Table(
-        title="What the slice keeps",
-        caption=str(record),
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in ("", "before", "after", "share"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    sizes = {
-        "width of the stream": (record.original_width, record.width),
-        "parameters": (record.original_parameters, record.parameters),
-    }
-    for name, (before, after) in sizes.items():
-        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.1%}")
-    if scores is not None:
-        for metric, score in scores["before"].items():
-            table.add_row(metric, f"{score:.4g}", f"{scores['after'][metric]:.4g}")
-    return table
 
 
 def _config(tokenizer: Any, options: dict[str, Any]) -> SliceConfig:

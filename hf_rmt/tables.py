@@ -1,9 +1,9 @@
-"""What the command line prints: tables by role, means over blocks; of a sweep, a row a removal."""
+"""What the command line prints: tables by role, of a sweep with a row a removal, of a slice with its sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from hf_rmt.reports.comparison import ModelComparison
     from hf_rmt.reports.report import AnalysisReport
     from hf_rmt.reports.sweep import SweepTable
+    from hf_rmt.slicing.slicer import SliceRecord
 
+#: What a table by role begins with.
+_BLOCKS = ("role", "blocks")
 #: Heading -> column of ``by_role`` and whether it is a share.
 _SHOWN = {
     "above\nbulk": ("n_above_bulk", False),
@@ -36,7 +39,7 @@ def report_table(report: AnalysisReport) -> Table:
         "above: singular values beyond the upper Marchenko-Pastur edge, under three rules for sigma; "
         f"TW: beyond the Tracy-Widom thresholds at rate {settings['rate']:g}, sigma {settings['sigma']}; "
         "p<.01: share of singular vectors with so small a p-value, 1 % for a random matrix",
-        _SHOWN,
+        (*_BLOCKS, *_SHOWN),
     )
     for role, row in report.by_role().iterrows():
         cells = [_count(row[(column, "mean")], row[(column, "std")], share) for column, share in _SHOWN.values()]
@@ -64,7 +67,7 @@ def overlap_table(report: AnalysisReport) -> Table:
         "above, bulk, below: mean overlap of the vectors whose singular values lie there, over "
         f"{activations['tokens']:,} tokens, {about}; 99 % of random: what so many random vectors stay below; "
         "with -log p: rank correlation; largest share: that of the largest eigenvalue of the covariance",
-        _OVERLAPS,
+        (*_BLOCKS, *_OVERLAPS),
     )
     for role, row in report.by_role().iterrows():
         means = [row[(column, "mean")] for column in _OVERLAPS.values()]
@@ -90,7 +93,7 @@ def comparison_table(comparison: ModelComparison) -> Table:
         "largest right and left singular vectors after, those unlike any before; deciles: where the change has most "
         "energy (1 holds the largest singular values, out: what is outside the span of the vectors), in multiples of "
         "what a change without direction has there, if above 1",
-        (*_COMPARED, "right\ndeciles", "left\ndeciles"),
+        (*_BLOCKS, *_COMPARED, "right\ndeciles", "left\ndeciles"),
     )
     table.padding = 0  # one space between columns is the box's own, and there are 80 in all
     ratios = [comparison.energy_over_expectation("right"), comparison.energy_over_expectation("left")]
@@ -108,19 +111,14 @@ def sweep_table(sweep: SweepTable, metric: str | None = None) -> Table:
     summary = summary[summary["control"] == ""].astype({"block": "string"}).fillna({"block": ""})
     where = [column for column in ("order", "role", "block") if (summary[column] != "").any()]
     shown = [*where, "selection", "change", "95 %", "seeds", "verdict", "over\nrandom"]
-    table = Table(
-        title=f"Change of {metric} when singular values are removed",
-        caption="change: score minus baseline, mean over seeds ± standard error; 95 %: interval over evaluation rows "
+    table = _new_table(
+        f"Change of {metric} when singular values are removed",
+        "change: score minus baseline, mean over seeds ± standard error; 95 %: interval over evaluation rows "
         "and seeds; drop: the model got worse; undecided: below two standard errors; empty: nothing was selected; "
         "over random: minus the change by as many random components",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+        shown,
+        names=(*where, "selection"),
     )
-    for heading in shown:
-        name = heading in (*where, "selection")  # where a terminal is narrow, names give way, not numbers
-        table.add_column(heading, justify="left" if name else "right", no_wrap=not name, overflow="fold")
     for _, row in summary.iterrows():
         interval = f"{_signed(row['low'])} {_signed(row['high'])}".strip()
         error = "" if math.isnan(row["error"]) else f" ±{_signed(row['error'])[1:]}"
@@ -134,30 +132,40 @@ def pruning_table(affected: pd.DataFrame) -> Table:
     """What was removed from a model, by role; of ``SVDPruner.affected``."""
     from hf_rmt.model_card import by_role
 
-    table = Table(
-        title="Singular components removed, by role",
-        caption="mass: share of the sum of singular values, energy: of the sum of their squares, mean over matrices",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+    table = _new_table(
+        "Singular components removed, by role",
+        "mass: share of the sum of singular values, energy: of the sum of their squares, mean over matrices",
+        ("role", "matrices", "removed", "of", "mass", "energy", "parameters"),
     )
-    table.add_column("role", overflow="fold")  # where a terminal is narrow, names give way, not numbers
-    for heading in ("matrices", "removed", "of", "mass", "energy", "parameters"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for row in by_role(affected).to_dict("records"):
         numbers = [f"{row[column]:,}" for column in ("matrices", "removed", "of")]
         table.add_row(row["role"], *numbers, f"{row['mass']:.1%}", f"{row['energy']:.1%}", f"{row['parameters']:,}")
     return table
 
 
-def _new_table(title: str, caption: str, headings: Iterable[str]) -> Table:
+def slice_table(record: SliceRecord, scores: Mapping[str, Any] | None = None) -> Table:
+    """What was kept of a model, and what that did to its scores: a dict of ``before`` and ``after``."""
+    table = _new_table("What the slice keeps", "a tied head is counted once", ["", "before", "after", "share"])
+    sizes = {
+        "width of the stream": (record.original_width, record.width),
+        "parameters": (record.original_parameters, record.parameters),
+    }
+    for name, (before, after) in sizes.items():
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.1%}")
+    scores = scores or {"before": {}}
+    for metric, score in scores["before"].items():
+        table.add_row(metric, f"{score:.4g}", f"{scores['after'][metric]:.4g}")
+    return table
+
+
+def _new_table(title: str, caption: str, headings: Sequence[str], names: Sequence[str] = ()) -> Table:
+    """``names``: the headings of columns that hold no numbers; the first one if none are given."""
     table = Table(
         title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    table.add_column("role", overflow="fold")  # where a terminal is narrow, names give way, not numbers
-    for heading in ("blocks", *headings):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in headings:
+        name = heading in (names or headings[:1])  # where a terminal is narrow, names give way, not numbers
+        table.add_column(heading, justify="left" if name else "right", no_wrap=not name, overflow="fold")
     return table
 
 
