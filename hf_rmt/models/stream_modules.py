@@ -87,10 +87,12 @@ class _Shortcuts(nn.Module):
         return _empty_block, (mro[mro.index(_Shortcuts) + 1],), self.__getstate__()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        arguments = {**dict(zip(self._argument_names(), args, strict=False)), **kwargs}
+        arguments = {**dict(zip(self._argument_names(), args, strict=False)), **kwargs} if args else kwargs
         for step, shortcut in zip(self.stream_family.steps, self.shortcuts, strict=True):
-            outputs = sum(self._outputs(step, hidden_states, arguments))
-            hidden_states = shortcut(hidden_states) + outputs
+            carried = shortcut(hidden_states)
+            for output in self._outputs(step, hidden_states, arguments):
+                carried = carried + output
+            hidden_states = carried
             if self.stream_family.post_norm:
                 hidden_states = self.get_submodule(step[0].norm or "")(hidden_states)
         return hidden_states
