@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rmt.model_card import MANIFEST, ModelRecord, PruningRecord, card_of
 from hf_rmt.models.live import is_sharded, unwrap
+from hf_rmt.models.origins import Original
 from hf_rmt.processes import by_the_first
 
 if TYPE_CHECKING:
@@ -208,8 +209,9 @@ class _Files:
                 )
             self.tokenizer.save_pretrained(folder)
             return _loader_of(folder), ""
+        own = Original.of(getattr(self.model.config, "_name_or_path", ""), None)  # may be an earlier slice
         for name in _PROCESSOR:
-            if (path := self.record.original.local_file(name)) is not None:
+            if (path := own.local_file(name) or self.record.original.local_file(name)) is not None:
                 shutil.copyfile(path, folder / name)
         try:
             self._own_tokenizer().save_pretrained(folder)
@@ -232,7 +234,7 @@ class _Files:
         except ValueError:
             if self.record.original.hub_id is None:
                 raise
-        return tokenizer_of(self.record.original.hub_id)
+        return tokenizer_of(self.record.original.hub_id, self.record.original.revision)
 
 
 def _loader_of(folder: Path) -> str:

@@ -31,17 +31,19 @@ def run(model: str, out: Path, options: dict[str, Any]) -> None:
     refuse_another_model(loaded, out, options["overwrite"])  # before hours of work
     if device is not None:
         loaded.to(device)
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model, options["revision"])
     evaluate = _evaluation(tokenizer, options)
-    before = evaluate(loaded) if evaluate else None
     small = slice_model(loaded, keep, options["text"], config=_config(tokenizer, options))
-    scores = {"before": before, "after": evaluate(small), "dataset": _hub_id(options["evaluate"])} if evaluate else None
-    save_sliced(small, out, metrics=scores, overwrite=options["overwrite"])
+    scores: Any = None
+    if evaluate is not None:
+        scores = {"before": evaluate(loaded), "after": evaluate(small), "dataset": _hub_id(options["evaluate"])}
+    save_sliced(small, out, tokenizer=tokenizer, metrics=scores, overwrite=options["overwrite"])
     Console().print(slice_table(small.sliced, scores))
     click.echo(str(small.sliced))
     click.echo(f"sliced model: {out}")
     if options["repository"]:
-        commit = push_sliced(small, options["repository"], metrics=scores, private=options["private"] or None)
+        private = options["private"] or None
+        commit = push_sliced(small, options["repository"], tokenizer=tokenizer, metrics=scores, private=private)
         click.echo(f"on the Hub: {commit.commit_url}")
 
 
@@ -65,4 +67,11 @@ def _evaluation(tokenizer: Any, options: dict[str, Any]) -> Perplexity | None:
 
 def _hub_id(texts: str) -> str:
     """The data set of the Hub that texts are from, without its configuration and split; empty for others."""
-    return "" if os.path.exists(texts) else "/".join(texts.partition(":")[0].split("/")[:2])
+    from huggingface_hub import constants
+
+    if os.path.exists(texts):
+        return ""
+    parts = texts.partition(":")[0].split("/")
+    # Two parts are owner and name if that has been loaded, else name and configuration.
+    with_owner = len(parts) > 2 or Path(constants.HF_HUB_CACHE, f"datasets--{'--'.join(parts)}").is_dir()
+    return "/".join(parts[:2]) if with_owner else parts[0]

@@ -66,7 +66,7 @@ def _grid(options: dict[str, Any]) -> SweepConfig:
 
 def _evaluation(model: PreTrainedModel, options: dict[str, Any]) -> Accuracy | Perplexity:
     """Accuracy on the dev rows of a task, or perplexity on texts."""
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model, options["revision"])
     length = {} if options["max_length"] is None else {"max_length": options["max_length"]}
     if options["task"] is not None:
         return Accuracy(rows_of(options["task"], options["data"], "dev", tokenizer, count=options["rows"], **length))

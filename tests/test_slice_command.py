@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,11 +141,19 @@ def test_perplexity_before_and_after(command, checkpoint: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("texts", "dataset"),
-    [("Salesforce/wikitext/wikitext-2-raw-v1:test", "Salesforce/wikitext"), ("imdb:test", "imdb"), (__file__, "")],
+    [
+        ("Salesforce/wikitext/wikitext-2-raw-v1:test", "Salesforce/wikitext"),
+        ("imdb:test", "imdb"),
+        ("glue/sst2", "glue"),  # a configuration
+        ("owner/loaded", "owner/loaded"),
+        (__file__, ""),
+    ],
 )
-def test_the_data_set_on_the_card(texts: str, dataset: str) -> None:
+def test_the_data_set_on_the_card(texts: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_rmt.slice_command import _hub_id
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "datasets--owner--loaded").mkdir()
     assert _hub_id(texts) == dataset
 
 
@@ -181,6 +190,32 @@ def test_bad_commands(options: list[str], message: str, command, tmp_path: Path)
     found = result.output if isinstance(result.exception, SystemExit) else str(result.exception)
     assert result.exit_code and message in " ".join(found.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_revision_is_that_of_the_tokenizer_too(
+    checkpoint: Path, tmp_path: Path, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main branch has a tokenizer that numbers words the other way round."""
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    repository = tmp_path / "cache" / "models--me--two"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        shutil.copytree(checkpoint, repository / "snapshots" / commit)
+        (repository / "refs" / name).write_text(commit)
+    described = repository / "snapshots" / commits["main"] / "tokenizer.json"
+    other = json.loads(described.read_text())
+    other["model"]["vocab"] = {word: 11 - i for word, i in other["model"]["vocab"].items()}
+    described.write_text(json.dumps(other))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(repository.parent))
+    texts = str(checkpoint.parent / "texts.txt")
+    arguments = ["slice", "me/two", "--revision", "v1", "--keep", "width:0.5", "--text", texts]
+    result = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    small = SVDPruner(_model(checkpoint)).slice(Width(0.5), texts, progress=False)
+    _assert_same_weights(tmp_path / "out", small)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == (checkpoint / "tokenizer.json").read_text()
+    made = read_slice(tmp_path / "out")
+    assert (made.model, made.revision, made.on_hub) == ("me/two", commits["v1"], True)
 
 
 def test_as_a_process_of_its_own_an_error_is_one_line(checkpoint: Path, tmp_path: Path) -> None:

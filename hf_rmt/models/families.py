@@ -32,6 +32,11 @@ def known_families() -> list[str]:
     return sorted(_FAMILIES)
 
 
+def is_own(kind: str) -> bool:
+    """Whether the declaration for a model type is that of the library, and no user's."""
+    return kind in _OWN and _FAMILIES.get(kind) is _OWN[kind]
+
+
 def family_of(model: Any) -> Family:
     """The declaration for a model.
 
@@ -274,3 +279,5 @@ register_family(
         final_norm="layernorm",
     ),
 )
+
+_OWN = dict(_FAMILIES)

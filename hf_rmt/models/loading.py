@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_rmt.models.origins import cached_commit
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -24,4 +26,7 @@ def load_model(source: str | Path, revision: str | None = None) -> PreTrainedMod
     config = transformers.AutoConfig.from_pretrained(source, revision=revision)
     name = next(iter(config.architectures or ()), "")
     cls = getattr(transformers, name, transformers.AutoModel)
-    return cls.from_pretrained(source, revision=revision, use_safetensors=True).eval()
+    model = cls.from_pretrained(source, revision=revision, use_safetensors=True).eval()
+    if (commit := cached_commit(str(source), revision)) is not None:
+        model.config._commit_hash = commit  # which not every version of transformers says
+    return model

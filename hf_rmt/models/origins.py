@@ -31,7 +31,8 @@ class Original:
     def of(cls, source: str, revision: str | None) -> Original:
         """That of ``RMTAnalyzer.origin``."""
         known = _commits(source, revision)
-        return cls(source, source if known else None, known[0] if len(known) == 1 else None)
+        place = str(Path(source).absolute()) if Path(source).is_dir() else source
+        return cls(place, source if known else None, known[0] if len(known) == 1 else None)
 
     @property
     def base(self) -> str:
@@ -57,8 +58,8 @@ class Original:
         if self.hub_id is not None:
             found = try_to_load_from_cache(self.hub_id, name, revision=self.revision)
             return Path(found) if isinstance(found, str) else None
-        path = Path(self.source) / name
-        return path if path.is_file() else None
+        path = Path(self.source) / name  # of a folder that is not here any more there may be the name alone
+        return path if path.is_absolute() and path.is_file() else None
 
     def passed_on(self) -> dict[str, Any]:
         """License, language and training data, as its card says, if that is on this machine."""
@@ -76,6 +77,16 @@ class Original:
         if "://" not in str(said.get("license_link", "://")):  # a file beside that card
             said.pop("license_link")
         return said
+
+
+def cached_commit(source: str, revision: str | None) -> str | None:
+    """The commit that a revision of a model of the Hub, None for the main one, is in the cache; None if it is not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return None
+    found = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _commits(source: str, revision: str | None) -> list[str]:

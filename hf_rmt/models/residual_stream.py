@@ -194,8 +194,15 @@ class Stream:
 
     @property
     def embeddings(self) -> StreamTensor:
-        """The table of tokens."""
+        """Where the table of tokens is."""
         return self.sites[0].writers[0]
+
+    @property
+    def table(self) -> torch.Tensor:
+        """``(V, D)``, the table of tokens."""
+        value = self.embeddings.value
+        assert value is not None
+        return value
 
 
 def stream_of(model: Any, family: Family | None = None) -> Stream:

@@ -65,11 +65,12 @@ def text_batches(  # noqa: PLR0913
     )
 
 
-def tokenizer_of(model: Any) -> Any:
+def tokenizer_of(model: Any, revision: str | None = None) -> Any:
     """The tokenizer that a model was saved with.
 
     Args:
         model: a model, or the folder or Hub id of one. Nothing is fetched for a model that is not from the Hub.
+        revision: branch, tag or commit of a Hub id; a model knows its own.
 
     Raises:
         ValueError: it names no tokenizer, or has none.
@@ -79,7 +80,7 @@ def tokenizer_of(model: Any) -> Any:
     from hf_rmt.models.live import unwrap
 
     if isinstance(model, (str, os.PathLike)):
-        name, revision, local = str(model), None, os.path.isdir(model)
+        name, local = str(model), os.path.isdir(model)
     else:
         config: Any = getattr(unwrap(model), "config", None)
         name = getattr(config, "_name_or_path", "")

@@ -158,8 +158,7 @@ def _lead_to_embeddings(stream: Stream, basis: torch.Tensor) -> None:
     """
     (slot,) = stream.sites[-1].norms
     change: Any = slot.module.change
-    table = stream.embeddings.value
-    assert table is not None
+    table = stream.table
     basis = basis.to(table.device)
     if table.is_meta:
         leading = basis.mT

@@ -128,8 +128,10 @@ def _can_stay_tied(stream: Stream) -> bool:
     )
 
 
-def _without_head(stream: Stream) -> Stream:
+def _without_head(stream: Any) -> Stream:
     """The same stream, with a matrix behind the last norm in mind that leads to the head."""
+    for config in (stream.model.config, stream.model.config.get_text_config()):  # it may have been tied by hand
+        config.tie_word_embeddings = True
     (slot,), (head,) = stream.sites[-1].norms, stream.sites[-1].readers
     last = replace(stream.sites[-1], norms=(replace(slot, readers=()),))
     return replace(stream, sites=(*stream.sites[:-1], last), tied=head.weight)
@@ -168,7 +170,7 @@ def _centre(stream: Stream) -> None:
             continue
         for tensor in site.writers:
             value = _value(tensor)
-            _store(tensor, value - value.mean(tensor.axis, keepdim=True))
+            tensor.replace(value - value.mean(tensor.axis, keepdim=True))
 
 
 def _add_shortcuts(stream: Stream) -> None:
@@ -199,8 +201,8 @@ def _absorb(reader: Reader, gain: torch.Tensor, bias: torch.Tensor | None) -> No
         shift = along @ bias
         assert reader.bias is not None
         known = reader.bias.value
-        _store(reader.bias, shift if known is None else known.double() + shift)
-    _store(reader.weight, (along * gain).movedim(-1, reader.weight.axis))
+        reader.bias.replace(shift if known is None else known.double() + shift)
+    reader.weight.replace((along * gain).movedim(-1, reader.weight.axis))
 
 
 def _into_residual(stream: Stream, site: StreamSite, gain: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -216,7 +218,7 @@ def _into_residual(stream: Stream, site: StreamSite, gain: torch.Tensor, bias: t
     if shift is not None:
         target = next((tensor for tensor in following.writers if tensor.name == "bias"), None)
         if target is not None:  # else it is zero
-            _store(target, _value(target) + shift)
+            target.replace(_value(target) + shift)
 
 
 def fused_norm(stream: Stream, slot: Slot, mapped: bool) -> StreamNorm:
@@ -224,7 +226,7 @@ def fused_norm(stream: Stream, slot: Slot, mapped: bool) -> StreamNorm:
     gain, bias, eps = gain_of(slot.module, stream.family, stream.width)
     like = next(slot.module.parameters(), next(stream.model.parameters()))
     norm = StreamNorm(stream.width, eps, (stream.width, stream.width) if mapped else None, bias is not None)
-    norm.to(like.device, like.dtype).train(slot.module.training)
+    norm.to(like.device, like.dtype).train(slot.module.training).requires_grad_(like.requires_grad)
     if norm.change is not None:
         norm.change.weight.copy_(torch.diag(gain))
         if bias is not None:
@@ -236,7 +238,3 @@ def _value(tensor: StreamTensor) -> torch.Tensor:
     value = tensor.value
     assert value is not None
     return value.detach().double()
-
-
-def _store(tensor: StreamTensor, value: torch.Tensor) -> None:
-    tensor.replace(value)

@@ -245,6 +245,11 @@ def _check_sliced(stream: Stream) -> None:
             f"{name} has no head: its output would be in the basis of the slice, since no ordinary model has a matrix "
             "behind its last norm. Slice it with a head, or use the registered form"
         )
+    if stream.tied is not None:
+        raise ValueError(
+            f"the head of this {name} is tied to its embeddings behind a matrix, which no ordinary model has: fuse it "
+            "with keep_tied=False, or use the registered form"
+        )
     if any(has_shortcuts(block) for block in stream.blocks):
         raise ValueError(
             f"this {name} has matrices in its residual connections, as bases that differ from site to site need: "

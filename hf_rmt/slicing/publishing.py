@@ -12,6 +12,7 @@ from hf_rmt import hub
 from hf_rmt.analyzer import RMTAnalyzer
 from hf_rmt.config import SliceConfig
 from hf_rmt.model_card import MANIFEST, ModelRecord, architecture_of, original_in_code, read_scores
+from hf_rmt.models.families import is_own
 from hf_rmt.models.live import unwrap
 from hf_rmt.models.origins import Original
 from hf_rmt.slicing.slicer import SliceRecord
@@ -31,6 +32,9 @@ _SLICEGPT = """\
   archivePrefix = {arXiv},
   url = {https://arxiv.org/abs/2401.15024}
 }"""
+_UNDECLARED = """\
+hf_rmt has no declaration of the residual stream of `{architecture}`, or another one: give the one that this model was
+sliced by to `hf_rmt.register_family` before it is loaded."""
 _REGISTERED = """\
 This is the registered form, which loads where hf_rmt was imported, before or after transformers:
 
@@ -135,9 +139,11 @@ class SlicingRecord(ModelRecord):
 
     Attributes:
         slice: what was kept of the original.
+        declared: whether the library has the declaration of its stream, and needs no user's.
     """
 
     slice: SliceRecord
+    declared: bool = True
 
     kind = "sliced"
     done = "slicing"
@@ -158,9 +164,10 @@ class SlicingRecord(ModelRecord):
                 "one that was loaded from a folder model.sliced = read_slice(folder) gives it back"
             )
         return cls(
-            original=Original.of(found.model, found.revision),
+            original=Original(found.model, found.model if found.on_hub else None, found.revision),
             architecture=architecture_of(inner),
             slice=found,
+            declared=is_own(inner.config.model_type),
             **read_scores(metrics),
         )
 
@@ -180,7 +187,8 @@ class SlicingRecord(ModelRecord):
         """Of a registered form also what happens without this library, and why."""
         if self.library is None:
             return f"This is the plain form, an ordinary `{self.architecture}`, which loads with transformers alone:"
-        return _REGISTERED.format(architecture=self.architecture)
+        text = _REGISTERED.format(architecture=self.architecture)
+        return text if self.declared else f"{text}\n\n{_UNDECLARED.format(architecture=self.architecture)}"
 
     def details(self) -> dict[str, Any]:
         """The record, with the name that the original has for others."""

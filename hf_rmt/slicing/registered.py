@@ -96,6 +96,7 @@ class SlicedQuantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """See that everything was there, and take off what marks quantised models, but not the record."""
         _check_loaded(model, self.stream)
+        _check_head(model, self.stream)
         for module in model.modules():
             if isinstance(module, StreamNorm):
                 module.weight.requires_grad_(False)
@@ -183,17 +184,11 @@ def _stream_for(model: Any, record: SlicedConfig) -> Stream:
     if model.base_model is model and not record.headless:
         kept = ", ".join(model.config.architectures or ["its own class"])
         raise ValueError(
-            f"{name} has no head, and this checkpoint was sliced with one, which has taken the last norm's gain: "
-            f"without it hidden states are {record.widths[-1]} numbers in the basis of the slice. Load it as {kept} "
-            "and take .base_model if that is wanted, or slice the headless model"
+            f"{name} has no head, and this checkpoint was sliced with one: without it hidden states are "
+            f"{record.widths[0 if record.tied else -1]} numbers in the basis of the slice. Load it as {kept} and take "
+            ".base_model if that is wanted, or slice the headless model"
         )
-    ties = bool(getattr(model, "all_tied_weights_keys", None))
-    if record.tied and not ties and model.get_output_embeddings() is not None:
-        raise ValueError(
-            f"this checkpoint has no head of its own for {name}, which is tied to its embeddings: load it without "
-            "tie_word_embeddings=False"
-        )
-    if ties and not record.tied:
+    if getattr(model, "all_tied_weights_keys", None) and not record.tied:
         raise ValueError(
             f"{name} ties its head to its embeddings, which in a sliced model are in another basis: pass "
             "tie_word_embeddings=False to from_pretrained for a head of its own"
@@ -239,6 +234,17 @@ def _check_loaded(model: nn.Module, stream: Stream) -> None:
         raise ValueError(
             f"the checkpoint has no tensor that fits {', '.join(missing[:5])}{' ...' if missing[5:] else ''}: it is "
             "not the one that its config.json describes"
+        )
+
+
+def _check_head(model: Any, stream: Stream) -> None:
+    """Raise if a tied head was asked for as one of its own, which the checkpoint has not."""
+    head = None if stream.tied is None else stream.tied.value
+    made_up = head is not None and not getattr(head, "_is_hf_initialized", False)
+    if made_up and head is not stream.table and stream.tied.module is model.get_output_embeddings():  # type: ignore[union-attr]
+        raise ValueError(
+            f"this checkpoint has no head of its own for {type(model).__name__}, which is tied to its embeddings: load "
+            "it without tie_word_embeddings=False"
         )
 
 

@@ -17,7 +17,9 @@ from hf_rmt.config import CollectConfig, Form, SliceConfig
 from hf_rmt.models.batches import Batches
 from hf_rmt.models.families import family_of
 from hf_rmt.models.live import unwrap
+from hf_rmt.models.origins import Original
 from hf_rmt.models.residual_stream import Family, Stream, StreamSite, stream_of
+from hf_rmt.models.stream_modules import has_shortcuts
 from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.slicing.basis import change_basis_, give_shortcuts_, gram
 from hf_rmt.slicing.calibration import collect_stream, moments_of_sites, refuse_few, refuse_other_weights
@@ -45,7 +47,8 @@ class SliceRecord:
 
     Attributes:
         model: Hub id or folder that it was, or its class.
-        revision: its commit on the Hub, as far as it says that.
+        revision: its commit on the Hub, as far as that is known.
+        on_hub: whether it came from there.
         form: ``"plain"`` or ``"registered"``.
         per_block: whether each site of the stream has a basis of its own.
         keep: what was asked for.
@@ -62,6 +65,7 @@ class SliceRecord:
 
     model: str
     revision: str | None
+    on_hub: bool
     form: Form
     per_block: bool
     keep: str
@@ -154,7 +158,7 @@ class _Slicer:
         else:
             record = self._cut_at_once(stream, moments_of_sites(self.dense, covariances))
         if record.parameters >= self.before:
-            raise ValueError(_grows(record, self.before))
+            raise ValueError(_grows(record, self.before, self._costs(stream)))
         return self._in_form(stream, record)
 
     def _form(self) -> Form:
@@ -310,8 +314,12 @@ class _Slicer:
     # Results
 
     def _record(self, stream: Stream, wanted: int, width: int, energy: float, tokens: int) -> SliceRecord:
+        origin = RMTAnalyzer(self.model).origin
+        original = Original.of(origin["model"], origin["revision"])
         return SliceRecord(
-            **RMTAnalyzer(self.model).origin,
+            model=original.source,
+            revision=original.revision,
+            on_hub=original.hub_id is not None,
             form=self.form,
             per_block=self.config.per_block,
             keep=str(self.keep) if isinstance(self.keep, (Width, Energy)) else f"{self.keep} of the parameters",
@@ -328,9 +336,20 @@ class _Slicer:
             tied=stream.tied is not None,
         )
 
+    def _costs(self, stream: Stream) -> list[str]:
+        """What a slice has that the model has not."""
+        ties = self.before < sum(value.numel() for _, value in self.model.named_parameters(remove_duplicate=False))
+        costs = {
+            "a matrix leads to its head": stream.tied is not None and self.form == "registered",
+            "its head is no longer tied": ties and (stream.tied is None or self.form == "plain"),
+            "residual connections have matrices": any(has_shortcuts(block) for block in stream.blocks),
+            "norms on the outputs of sublayers have matrices": any(site.outputs for site in stream.sites),
+        }
+        return [cost for cost, holds in costs.items() if holds]
+
     def _in_form(self, stream: Stream, record: SliceRecord) -> Any:
         if _is_half(self.model):  # a plain Gemma makes up for what transformers rounds in this dtype
-            stream.model.to(self.model.dtype)
+            _round(stream.model, self.model)
         if self.form == "plain":
             from hf_rmt.slicing.plain import plain_form
 
@@ -352,6 +371,15 @@ class _Slicer:
         return small
 
 
+def _round(small: nn.Module, like: Any) -> None:
+    """Into the dtype of the model; what that keeps more exactly, as frequencies, stays so."""
+    dtypes = {name: buffer.dtype for name, buffer in like.named_buffers()}
+    for parameter in small.parameters():
+        parameter.data = parameter.data.to(like.dtype)
+    for name, buffer in small.named_buffers():
+        buffer.data = buffer.data.to(dtypes.get(name, like.dtype))
+
+
 def _is_half(model: Any) -> bool:
     return next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
 
@@ -368,23 +396,23 @@ def _read(stream: Stream, site: StreamSite) -> torch.Tensor:
         value = reader.weight.value
         assert value is not None
         total += gram(value.movedim(reader.weight.axis, -1).reshape(-1, stream.width)).cpu()
-    if site.block is None and stream.tied is not None and stream.embeddings.value is not None:
+    if site.block is None and stream.tied is not None:
         before_head: Any = site.norms[0].module
         gain = before_head.change.weight.detach().double()
-        total += (gain.mT @ gram(stream.embeddings.value) @ gain).cpu()
+        total += (gain.mT @ gram(stream.table) @ gain).cpu()
     return total if bool(total.any()) else torch.eye(stream.width, dtype=torch.float64)
 
 
 def _table(stream: Stream) -> torch.Tensor:
     """``(D, D)``, second moment of the rows of the table of tokens, as if their mean square were 1."""
-    assert stream.embeddings.value is not None
-    total = gram(stream.embeddings.value).cpu()
+    total = gram(stream.table).cpu()
     return total * len(total) / total.trace()
 
 
-def _grows(record: SliceRecord, before: int) -> str:
+def _grows(record: SliceRecord, before: int, costs: list[str]) -> str:
+    why = f", as {' and '.join(costs)}" if costs else ""
+    instead = ", or take one basis for the whole model" if record.per_block else ""
     return (
-        f"a slice of width {record.width} has {record.parameters:,} parameters and the model {before:,}, as slicing "
-        "unties its head unless the form is registered, and matrices in residual connections cost width^2 each: keep "
-        "less, or take one basis for the whole model"
+        f"a slice of width {record.width} has {record.parameters:,} parameters and the model {before:,}{why}: keep "
+        f"less{instead}"
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import transformers
 from huggingface_hub import ModelCard
 
 from hf_rmt import Decile, Energy, SVDPruner, Width
+from hf_rmt.models import families
 from hf_rmt.slicing.keep import Keep
 from hf_rmt.slicing.publishing import push_sliced, read_slice, refuse_another_model, save_sliced
 
@@ -233,7 +236,7 @@ def test_another_model_is_not_overwritten_unasked(make: Maker, base: Path, tmp_p
 
 def test_an_earlier_slice_of_the_same_commit_is_replaced(make: Maker, tmp_path: Path) -> None:
     small = make("plain")
-    small.sliced = dataclasses.replace(small.sliced, model="you/base", revision=COMMIT)
+    small.sliced = dataclasses.replace(small.sliced, model="you/base", revision=COMMIT, on_hub=True)
     folder = save_sliced(small, tmp_path / "out", metrics={"before": {"perplexity": 3.0}})
     (folder / "notes.txt").write_text("mine")
     assert save_sliced(small, folder) == folder
@@ -246,9 +249,49 @@ def test_an_earlier_slice_of_the_same_commit_is_replaced(make: Maker, tmp_path: 
         save_sliced(small, folder)
 
 
+def test_a_folder_is_no_model_of_the_hub_of_its_name(make: Maker, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nor for a folder of that name that happens to be here."""
+    cache, here = tmp_path / "cache", tmp_path / "here" / "base"
+    cached = cache / "models--base" / "snapshots" / COMMIT
+    for folder in (cached, here):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Another\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(here.parent)
+    first = save_sliced(make("plain"), tmp_path / "first")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(first)
+    loaded.sliced = read_slice(first)
+    data = ModelCard.load(save_sliced(loaded, tmp_path / "second") / "README.md").data
+    assert (data.base_model, data.get("license")) == (None, None)
+    assert json.loads((tmp_path / "second" / "hf_rmt.json").read_text())["base"]["revision"] is None
+
+
+def test_what_prepares_images_is_kept_when_a_slice_is_saved_again(stream_model: StreamModel, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    stream_model("vit").save_pretrained(base)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(base)
+    model = transformers.AutoModelForImageClassification.from_pretrained(base)
+    images = [{"pixel_values": torch.randn(4, 3, 32, 32)} for _ in range(3)]
+    first = save_sliced(SVDPruner(model).slice(0.8, images, progress=False), tmp_path / "first")
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(first)
+    loaded.sliced = read_slice(first)
+    shutil.rmtree(base)
+    second = save_sliced(loaded, tmp_path / "second")
+    assert contents(second).keys() == contents(first).keys() and (second / "preprocessor_config.json").is_file()
+
+
+def test_the_card_says_where_a_declaration_is_needed(make: Maker, tmp_path: Path, monkeypatch: Any) -> None:
+    small, own = make("registered"), families._OWN["llama"]
+    assert "register_family" not in (save_sliced(small, tmp_path / "own") / "README.md").read_text()
+    monkeypatch.setitem(families._FAMILIES, "llama", functools.partial(own))
+    text = " ".join((save_sliced(small, tmp_path / "other") / "README.md").read_text().split())
+    assert "give the one that this model was sliced by to `hf_rmt.register_family` before it is loaded" in text
+
+
 def test_slices_and_pruned_models_do_not_replace_each_other(make: Maker, base: Path, tmp_path: Path) -> None:
     small = make("plain")
-    small.sliced = dataclasses.replace(small.sliced, model="you/base", revision=COMMIT)
+    small.sliced = dataclasses.replace(small.sliced, model="you/base", revision=COMMIT, on_hub=True)
     pruner = SVDPruner(transformers.AutoModelForCausalLM.from_pretrained(base), workers=1)
     pruner.origin |= {"model": "you/base", "revision": COMMIT}
     pruner.remove(Decile(10), roles="key")

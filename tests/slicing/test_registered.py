@@ -326,6 +326,26 @@ def test_a_head_of_its_own_is_not_tied(saved: Path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(saved / "llama", tie_word_embeddings=True)
 
 
+def test_a_tied_head_that_got_values_of_its_own_since(saved: Path, tmp_path: Path) -> None:
+    auto = transformers.AutoModelForCausalLM
+    model: Any = auto.from_pretrained(saved / "llama tied")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.1 * torch.randn(60, 24))
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(output_of(auto.from_pretrained(tmp_path)), output_of(model))
+
+
+def test_a_head_that_was_tied_by_hand(tmp_path: Path) -> None:
+    model = random_model("llama per site")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    stream = sliced(model, tied=True)
+    assert stream.tied is not None and model.config.tie_word_embeddings
+    mark_(stream)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), output_of(model))
+
+
 @pytest.mark.parametrize("kind", ["llama tied", "gemma2 tied"])
 def test_a_slice_whose_head_stays_tied(kind: str, saved: Path) -> None:
     auto = transformers.AutoModelForCausalLM

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from hf_rmt import Rank, SVDPruner, project_
@@ -241,11 +243,11 @@ def test_predicting_readers_lose_less(stream_model: StreamModel) -> None:
         (1.2, "a share of the parameters is 1.2"),
         (Width(0.01), "leaves a stream of width 0, of 48 in steps of 1: keep more"),
         (0.001, "keep=0.001 leaves a stream of width 0"),
-        (1.0, r"has [0-9,]+ parameters and the model [0-9,]+, as slicing unties its head"),
+        (1.0, r"has [0-9,]+ parameters and the model [0-9,]+, as a matrix leads to its head: keep less$"),
     ],
 )
 def test_shares_that_make_no_slice(keep: Any, message: str, stream_model: StreamModel) -> None:
-    model = stream_model("llama", tie_word_embeddings=True)
+    model = stream_model("llama")
     if keep == 1.0:
         keep = Width(1.0)
     with pytest.raises(ValueError, match=message):
@@ -254,8 +256,14 @@ def test_shares_that_make_no_slice(keep: Any, message: str, stream_model: Stream
 
 def test_shortcuts_that_make_it_larger(stream_model: StreamModel) -> None:
     model = stream_model("llama", intermediate_size=16, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"matrices in residual connections cost width\^2 each: keep less"):
+    with pytest.raises(ValueError, match=r"residual connections have matrices: keep less, or take one basis for the"):
         slice_model(model, Width(0.95), batches(model), per_block=True, **_QUIET)
+    model = stream_model("gpt2", vocab_size=400)
+    with pytest.raises(ValueError, match=r"as its head is no longer tied: keep less$"):
+        slice_model(model, Width(0.95), batches(model), **_QUIET)
+    model = stream_model("olmo2", intermediate_size=16)
+    with pytest.raises(ValueError, match=r"as norms on the outputs of sublayers have matrices: keep less$"):
+        slice_model(model, Width(0.95), batches(model), **_QUIET)
 
 
 def test_calibration_that_says_nothing(stream_model: StreamModel) -> None:
@@ -350,6 +358,23 @@ def test_half_precision_is_rounded_once(name: str, stream_model: StreamModel) ->
     fine = slice_model(model, Width(0.75), batches(model), **_QUIET)
     assert coarse.dtype == torch.bfloat16 and coarse.sliced.form == fine.sliced.form
     assert relative_error(output_of(coarse, sample_batch(model)), output_of(fine, sample_batch(model))) < 0.1
+
+
+@pytest.mark.parametrize(("name", "per_block"), [("llama", False), ("llama", True), ("gemma2", False)])
+def test_a_half_slice_computes_what_its_file_does(
+    name: str, per_block: bool, stream_model: StreamModel, tmp_path: Path
+) -> None:
+    """Frequencies of rotations are kept in float32 beside weights in bfloat16."""
+    stream_model(name).save_pretrained(tmp_path / "base")
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    small = slice_model(model, Width(0.5), batches(model), form="registered", per_block=per_block, **_QUIET)
+    small.save_pretrained(tmp_path / "small")
+    loaded = auto.from_pretrained(tmp_path / "small")
+    kinds = [{key: value.dtype for key, value in one.named_buffers()} for one in (model, small, loaded)]
+    assert any(kind == torch.float32 for kind in kinds[0].values())
+    assert all(kinds[0][key] == kinds[1][key] for key in kinds[0]) and kinds[1] == kinds[2]
+    assert torch.equal(output_of(small, sample_batch(model)), output_of(loaded, sample_batch(model)))
 
 
 def test_the_pruner_slices_a_model_without_edits(stream_model: StreamModel) -> None:

@@ -110,6 +110,13 @@ TIED = ("llama", "gemma", "gemma2", "gemma3_text")
 
 
 @pytest.mark.parametrize("name", TIED)
+def test_frozen_stays_frozen_where_matrices_come_behind_norms(name: str, stream_model: StreamModel) -> None:
+    model = stream_model(name).requires_grad_(False)
+    change_basis_(fuse_norms_(model, keep_tied=True), rotations(1)[0])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", TIED)
 def test_a_head_stays_tied_behind_a_matrix(name: str, stream_model: StreamModel) -> None:
     model = stream_model(name, torch.float64)
     batch = sample_batch(model)
