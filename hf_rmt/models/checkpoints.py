@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rmt.models.matrices import Discovery, Load, WeightMatrix
+from hf_rmt.models.discovery import Discovery
+from hf_rmt.models.matrices import Load, WeightMatrix
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from hf_rmt.models import names
-from hf_rmt.models.matrices import Change, Discovery, Load, WeightMatrix
+from hf_rmt.models.discovery import Discovery
+from hf_rmt.models.matrices import Change, Load, WeightMatrix
 
 
 def matrices_of(model: nn.Module, adapters: bool = True) -> list[WeightMatrix]:
