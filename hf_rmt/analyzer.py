@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rmt.comparing import ComparisonRun, analyzers_of
 from hf_rmt.config import AnalysisConfig, CollectConfig
+from hf_rmt.models.discovery import LeftOut
 from hf_rmt.models.matrices import WeightMatrix, select
 from hf_rmt.reports.comparison import ModelComparison
 from hf_rmt.reports.covariances import ActivationCovariances
@@ -26,14 +27,23 @@ class RMTAnalyzer:
         adapters: analyse matrices with peft adapters as they compute; False gives the base.
         embeddings, head: analyse these too; they are no matrices between activations. A head that is tied
             to the embeddings is one matrix with them, and comes with ``embeddings``.
+        convolutions: analyse these too, as ``(out, in * kernel)`` matrices.
 
     Raises:
         TypeError: not a model.
         ValueError: the model has no matrix.
     """
 
-    def __init__(self, model: nn.Module, *, adapters: bool = True, embeddings: bool = False, head: bool = False):
-        from hf_rmt.models.live import matrices_of, unwrap
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        adapters: bool = True,
+        embeddings: bool = False,
+        head: bool = False,
+        convolutions: bool = False,
+    ):
+        from hf_rmt.models.live import left_out_of, matrices_of, unwrap
 
         if not hasattr(model, "named_modules"):
             raise TypeError(f"RMTAnalyzer takes a model, not {model!r}; for a folder or Hub id use from_checkpoint")
@@ -43,20 +53,26 @@ class RMTAnalyzer:
             matrices_of(model, adapters),
             getattr(config, "_name_or_path", "") or type(unwrap(model)).__name__,
             getattr(config, "_commit_hash", None),
-            embeddings,
-            head,
+            {"embedding": embeddings, "head": head, "convolution": convolutions},
         )
+        self._others = lambda: left_out_of(model)
 
     @classmethod
     def from_checkpoint(
-        cls, source: str | Path, *, revision: str | None = None, embeddings: bool = False, head: bool = False
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        embeddings: bool = False,
+        head: bool = False,
+        convolutions: bool = False,
     ) -> RMTAnalyzer:
         """The same over a checkpoint folder or Hub id, shard by shard, without building the model.
 
         Args:
             source: folder with ``config.json`` and safetensors files, or a Hub id.
             revision: branch, tag or commit on the Hub.
-            embeddings, head: as for the class.
+            embeddings, head, convolutions: as for the class.
 
         Raises:
             CheckpointError: (a ValueError) naming the file or tensor that is wrong, and the remedy.
@@ -66,19 +82,36 @@ class RMTAnalyzer:
         folder, commit = locate(source, revision)
         analyzer = cls.__new__(cls)
         analyzer.model = None
-        analyzer._open(Checkpoint(folder).matrices(), str(source), commit, embeddings, head)
+        checkpoint = Checkpoint(folder)
+        wanted = {"embedding": embeddings, "head": head, "convolution": convolutions}
+        analyzer._open(checkpoint.matrices(), str(source), commit, wanted)
+        analyzer._others = checkpoint.left_out
         return analyzer
 
-    def _open(
-        self, matrices: list[WeightMatrix], model: str, revision: str | None, embeddings: bool, head: bool
-    ) -> None:
-        wanted = {"block": True, "embedding": embeddings, "head": head}
-        self.matrices = [matrix for matrix in matrices if wanted[matrix.kind]]
+    def _open(self, matrices: list[WeightMatrix], model: str, revision: str | None, wanted: Mapping[str, bool]) -> None:
+        self.matrices = [matrix for matrix in matrices if wanted.get(matrix.kind, True)]
+        self._unwanted = [matrix for matrix in matrices if not wanted.get(matrix.kind, True)]
         self.model_id = model
         self.revision = revision
         if not self.matrices:
             left_out = ", ".join(matrix.name for matrix in matrices) or "none"
-            raise ValueError(f"{model} has no weight matrix to analyse (embeddings and heads left out: {left_out})")
+            raise ValueError(
+                f"{model} has no weight matrix to analyse (embeddings, heads and convolutions left out: {left_out})"
+            )
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """Every parameter of two axes or more that is not analysed, and why.
+
+        With the matrices, and the vectors and scalars that have one axis or none, these are all parameters there are.
+        """
+        reasons = {
+            "embedding": "embeddings: embeddings=True analyses it",
+            "head": "a head: head=True analyses it",
+            "convolution": "a convolution: convolutions=True analyses it",
+        }
+        unwanted = {one.parameter: LeftOut(one.parameter, one.shape, reasons[one.kind]) for one in self._unwanted}
+        return [*unwanted.values(), *self._others()]
 
     @property
     def origin(self) -> dict[str, Any]:

@@ -112,6 +112,7 @@ _OF_TEXTS = ("columns", "max_tokens", "batch_size", "outputs", "centred")
 @click.option("--seed", default=0, show_default=True, help="Seed of the control and of the draws.")
 @click.option("--embeddings", is_flag=True, help="Analyse embeddings too.")
 @click.option("--head", is_flag=True, help="Analyse the head too.")
+@click.option("--convolutions", is_flag=True, help="Analyse convolutions too.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @_text_options
 @click.pass_context
@@ -124,7 +125,7 @@ def analyze(context: click.Context, model: str, out: Path, plots: bool, **option
 
     if options["text"] is None:
         _refuse_options_of_texts(context)
-    which = {key: options.pop(key) for key in ("embeddings", "head")}
+    which = {key: options.pop(key) for key in ("embeddings", "head", "convolutions")}
     revision = options.pop("revision")
     text = {key: options.pop(key) for key in ("text", *_OF_TEXTS)}
     options["roles"] = options["roles"] or None

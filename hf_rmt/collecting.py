@@ -76,7 +76,10 @@ class CollectionRun:
             RuntimeError: another process failed.
         """
         if not self.sites:
-            raise ValueError("none of these matrices reads activations: embeddings read the numbers of tokens")
+            raise ValueError(
+                "none of these matrices reads activations token by token: embeddings read the numbers of tokens, "
+                "convolutions and recurrent layers several at once"
+            )
         identity = self._identity()
         if folder is not None and store.is_saved(folder, "covariances"):
             return self._finished(folder, identity, batches)

@@ -253,6 +253,7 @@ def _options(editor: Editor, indices: list[int]) -> tuple[str, ...]:
     options = {
         "embeddings=True": "embedding" in kinds,
         "head=True": "head" in kinds,
+        "convolutions=True": "convolution" in kinds,
         "covariances=covariances": any("overlapping" in str(edit.selection) for edit in editor.edits),
         f"null_draws={config.null_draws}, seed={config.seed}": config.null_draws is not None,
     }

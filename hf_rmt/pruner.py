@@ -42,7 +42,7 @@ class SVDPruner:
         folder: keep the factors in memory-mapped files there, which a later pruner of the same weights uses, and
             the originals of what is edited; None keeps both in memory.
         covariances: of the activations, from ``RMTAnalyzer.collect``, for selections by overlap.
-        embeddings, head: work on these too, as for ``RMTAnalyzer``.
+        embeddings, head, convolutions: work on these too, as for ``RMTAnalyzer``.
         config: where and how many matrices at a time are factored, and the null of p-values; see
             ``AnalysisConfig``.
         **options: single settings, as ``workers=2``; they win over ``config``.
@@ -52,7 +52,7 @@ class SVDPruner:
         ValueError: the model has no matrix, or the covariances are of another model.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: nn.Module,
         *,
@@ -60,10 +60,11 @@ class SVDPruner:
         covariances: ActivationCovariances | None = None,
         embeddings: bool = False,
         head: bool = False,
+        convolutions: bool = False,
         config: AnalysisConfig | None = None,
         **options: Any,
     ):
-        analyzer = RMTAnalyzer(model, embeddings=embeddings, head=head)
+        analyzer = RMTAnalyzer(model, embeddings=embeddings, head=head, convolutions=convolutions)
         self.model = model
         self.origin = analyzer.origin
         self.matrices = analyzer.matrices

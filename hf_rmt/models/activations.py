@@ -70,7 +70,8 @@ def sites_of(matrices: list[WeightMatrix], encoder_decoder: bool, outputs: bool 
     """Where the activations of matrices are to be seen.
 
     Args:
-        matrices: live ones, from ``models.live.matrices_of``; embeddings, which read no activations, have no site.
+        matrices: live ones, from ``models.live.matrices_of``. Embeddings, which read no activations, have no site, nor
+            have convolutions, recurrent layers and what else does not multiply each token with one matrix.
         encoder_decoder: whether the model is an encoder with a decoder.
         outputs: see what they put out too, but for routers and the fused weight of torch's
             MultiheadAttention, whose outputs are no product with one matrix.
@@ -85,7 +86,7 @@ def sites_of(matrices: list[WeightMatrix], encoder_decoder: bool, outputs: bool 
 def _sites_of_matrix(matrix: WeightMatrix, mask: str, outputs: bool) -> Iterator[Site]:
     load: Any = matrix.load
     module: nn.Module = load.module
-    if isinstance(module, nn.Embedding):  # what enters it is numbers of tokens
+    if isinstance(module, (nn.Embedding, nn.RNNBase)) or matrix.folded or "[head=" in matrix.name:
         return
     linear = isinstance(module, nn.Linear) or hasattr(module, "nf")  # Conv1D
     if linear and load.tuner is not None and load.adapters:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rmt.models.discovery import Discovery
+from hf_rmt.models.discovery import Discovery, LeftOut
 from hf_rmt.models.matrices import Load, WeightMatrix
 
 _INDEX = "model.safetensors.index.json"
@@ -130,7 +130,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a matrix of a block has none.
         """
-        found = Discovery(self.skeleton, self._loader).matrices()
+        found = Discovery(self.skeleton, self._loader, computed=False).matrices()
         missing = [matrix for matrix in found if matrix.parameter not in self.sources]
         if lost := [matrix for matrix in missing if matrix.block is not None]:
             raise CheckpointError(
@@ -138,6 +138,10 @@ class Checkpoint:
                 "missing, or config.json belongs to another model"
             )
         return [matrix for matrix in found if matrix.parameter in self.sources]
+
+    def left_out(self) -> list[LeftOut]:
+        """Every parameter of two axes or more that is not taken for matrices."""
+        return Discovery(self.skeleton, self._loader, computed=False).left_out()
 
     def _loader(self, module: nn.Module, name: str, full: str) -> Load:
         return CheckpointParameter(self, full, tuple(getattr(module, name).shape))

@@ -59,6 +59,15 @@ def expert_parts(leaf: str, rows: int, interleaved: bool) -> Parts | None:
     return contiguous(("gate", "up"), (rows // 2,) * 2)
 
 
+_GATES = {"LSTM": ("input", "forget", "cell", "output"), "GRU": ("reset", "update", "new")}
+
+
+def gates(mode: str, rows: int) -> Parts | None:
+    """The matrices of the gates of one of torch's recurrent layers, in the order in which it stacks them."""
+    found = _GATES.get(mode)
+    return contiguous(found, (rows // len(found),) * len(found)) if found and rows % len(found) == 0 else None
+
+
 def _total(parts: Parts) -> int:
     return sum(part.stop - part.start if isinstance(part, slice) else len(part) for part in parts.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import threading
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_rmt.models import names
-from hf_rmt.models.discovery import Discovery
+from hf_rmt.models.discovery import Discovery, LeftOut
 from hf_rmt.models.matrices import Change, Load, WeightMatrix
 
 
@@ -39,6 +40,12 @@ def matrices_of(model: nn.Module, adapters: bool = True) -> list[WeightMatrix]:
             twins.update(twin.full for twin in parameter.twins())
             found.append(matrix)
     return found
+
+
+def left_out_of(model: nn.Module) -> list[LeftOut]:
+    """Every parameter of two axes or more of a live model that is not taken for matrices."""
+    base = unwrap(model)
+    return Discovery(base, lambda module, name, full: LiveParameter(base, module, name, full, True)).left_out()
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -107,6 +114,14 @@ def _shards(module: nn.Module) -> bool:
     return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
+def _recompute(module: nn.Module, name: str) -> None:
+    """The weight norm and spectral norm of old write the weight before each forward pass: until then it is stale."""
+    for hook in module._forward_pre_hooks.values():
+        if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
+            spectral = "do_power_iteration" in inspect.signature(hook.compute_weight).parameters
+            setattr(module, name, hook.compute_weight(module, **({"do_power_iteration": False} if spectral else {})))
+
+
 class LiveParameter:
     """Reads and changes one parameter of a live module, whatever stands between it and its values."""
 
@@ -136,6 +151,7 @@ class LiveParameter:
         sharding: Any = next((owner for owner, _ in self.owners if _shards(owner)), None)
         if sharding is not None:
             sharding.reshard()
+        _recompute(self.module, self.name)
         return getattr(self.module, self.name)
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ from hf_rmt.models import fused
 Load = Callable[[int | None], torch.Tensor]
 #: Changes a whole parameter, as it is stored, in place.
 Change = Callable[[torch.Tensor], None]
-Kind = Literal["block", "embedding", "head"]
+Kind = Literal["block", "embedding", "head", "convolution"]
 
 
 @runtime_checkable
@@ -42,7 +42,8 @@ class WeightMatrix:
         shape: ``(out_features, in_features)``.
         dtype, device: as the model declares them; a matrix on disk may have another dtype, and arrives on the CPU.
         stack, block, expert, part: where in the model; None where there is no such thing.
-        kind: ``"block"`` for everything but embeddings and heads.
+        kind: ``"block"`` for everything but embeddings, heads and convolutions.
+        transposed, rows, folded: the parameter is stored ``(in, out)``; these rows of it; with axes that are one here.
     """
 
     name: str
@@ -59,6 +60,7 @@ class WeightMatrix:
     kind: Kind = "block"
     transposed: bool = False
     rows: fused.Rows | None = None
+    folded: bool = False
 
     def read(self) -> torch.Tensor:
         """The ``(out, in)`` matrix in its own dtype, on its own device; a view where it can be.
@@ -113,6 +115,9 @@ class WeightMatrix:
 
     def _put(self, stored: torch.Tensor, values: torch.Tensor) -> None:
         """The way of ``read`` backwards: values into the parameter as it is stored."""
+        if self.folded:  # which may be no view
+            stored.copy_((values.mT if self.transposed else values).detach().reshape(stored.shape))
+            return
         whole = self._turned(stored if self.expert is None else stored[self.expert])
         self._own_rows(whole)
         new = values.detach().to(whole.device, whole.dtype)
@@ -121,6 +126,7 @@ class WeightMatrix:
         whole[... if self.rows is None else self.rows] = new
 
     def _turned(self, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.flatten(1) if self.folded else weight
         return weight.mT if self.transposed else weight
 
     def _own_rows(self, whole: torch.Tensor) -> torch.Tensor:
