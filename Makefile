@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench coverage clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/hf-rmt demo --out demo-report
@@ -19,6 +19,9 @@ check: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done
 	$(BIN)/python tests/benchmarks/run.py --out docs/benchmarks.md
+
+coverage: $(VENV)/dev.done
+	$(BIN)/python tests/coverage/run.py --out docs/coverage.md
 
 clean:
 	rm -rf $(VENV) demo-report build *.egg-info

@@ -186,9 +186,11 @@ def _parameters(model: nn.Module, computed: bool) -> Iterator[_Parameter]:
             tuners.append(path)
         _refuse_packed(path, module)
         for name, tensor in _weights(module):
-            if id(tensor) not in seen and _may_be_matrix(module, name, tensor):
-                seen.add(id(tensor))
-                taken = computed or name in module._parameters
+            own = name in module._parameters
+            if not (own and id(tensor) in seen) and _may_be_matrix(module, name, tensor):
+                if own:  # what is computed is another tensor every time
+                    seen.add(id(tensor))
+                taken = computed or own
                 yield _Parameter(path, name, module, tensor, _layout(module, name, tensor) if taken else _COMPUTED)
 
 
