@@ -317,8 +317,9 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _shape(parameter: _Parameter, layout: _Layout) -> tuple[int, int]:
     """``(out, in)``; a linear layer knows it also where its weight is packed."""
-    if isinstance(parameter.module, nn.Linear):
-        return parameter.module.out_features, parameter.module.in_features
+    module = parameter.module
+    if isinstance(module, nn.Linear) and isinstance(module.out_features, int) and isinstance(module.in_features, int):
+        return module.out_features, module.in_features  # some models make them tensors
     shape = parameter.tensor.shape
     first, second = (shape[0], math.prod(shape[1:])) if layout.folded else shape[-2:]
     return (second, first) if layout.transposed else (first, second)

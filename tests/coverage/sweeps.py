@@ -59,10 +59,12 @@ def discovered(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def _vectors(model: torch.nn.Module) -> int:
-    """Elements of parameters with one axis, or several of which but one have one element."""
-    return sum(
-        parameter.numel() for parameter in model.parameters() if parameter.numel() <= max(parameter.shape, default=1)
-    )
+    """Elements of parameters with one axis, or several of which but one have one element; a linear layer or a table of
+    one row is a matrix all the same."""
+    tables = (torch.nn.Linear, torch.nn.Embedding)
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, tables)}
+    others = (parameter for parameter in model.parameters() if id(parameter) not in matrices)
+    return sum(parameter.numel() for parameter in others if parameter.numel() <= max(parameter.shape, default=1))
 
 
 def cycle(kind: str, folder: Path) -> dict[str, Any]:
