@@ -20,7 +20,7 @@ from hf_rmt.models.digests import fingerprint_of
 from hf_rmt.models.live import adapters_off, callable_of, is_sharded, unwrap
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.models.moment_sums import MomentSum
-from hf_rmt.processes import add_up, broadcast, gather, local_count, raise_together, rank_and_count
+from hf_rmt.processes import add_up, broadcast, failing_together, gather, local_count, raise_together, rank_and_count
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
 from hf_rmt.reports.covariances import ActivationCovariances
@@ -84,12 +84,8 @@ class CollectionRun:
         if folder is not None and store.is_saved(folder, "covariances"):
             return self._finished(folder, identity, batches)
         kept = None if folder is None else UnfinishedCovariances(folder, identity, self.rank)
-        done, error = Collected([]), None
-        try:
+        with failing_together():
             done = self._collected(batches, kept)
-        except BaseException as caught:
-            error = caught
-        raise_together(error)
         result = self.joined(done, origin, identity["fingerprints"])
         if folder is not None:
             self._save(result, folder)
@@ -122,13 +118,10 @@ class CollectionRun:
     def _finished(self, folder: Path, identity: dict[str, Any], batches: Batches) -> ActivationCovariances:
         """Covariances that an earlier collection left, if they are of this model and data."""
         found = ActivationCovariances.load(folder)
-        chain, error = "", None
-        try:
+        chain = ""
+        with failing_together():
             for batch, _ in batches.of_process(self.rank, self.processes):
                 chain = chained(chain, batch)
-        except BaseException as caught:
-            error = caught
-        raise_together(error)
         store.refuse_other(folder, {"fingerprints": found.fingerprints}, {"fingerprints": identity["fingerprints"]})
         wanted = self._conditions() | {"data": gather(chain)}
         store.refuse_other(folder, found.settings, wanted)

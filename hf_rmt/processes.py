@@ -77,14 +77,26 @@ def by_the_first(work: Callable[[], Result]) -> Result:
     Raises:
         RuntimeError: as ``raise_together``.
     """
-    error, result = None, None
-    if rank_and_count()[0] == 0:
-        try:
+    result = None
+    with failing_together():
+        if rank_and_count()[0] == 0:
             result = work()
-        except BaseException as caught:
-            error = caught
-    raise_together(error)
     return broadcast(result)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Where one process fails in it, all raise at its end; all must enter.
+
+    Raises:
+        RuntimeError: as ``raise_together``.
+    """
+    error = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+    raise_together(error)
 
 
 def raise_together(error: BaseException | None) -> None:

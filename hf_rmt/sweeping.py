@@ -15,7 +15,7 @@ from hf_rmt.evaluation import Scores
 from hf_rmt.models.digests import digest_of, text_digest, value_digest
 from hf_rmt.models.live import is_sharded, unwrap
 from hf_rmt.models.matrices import WeightMatrix
-from hf_rmt.processes import alone, broadcast, by_the_first, gather, raise_together, rank_and_count
+from hf_rmt.processes import alone, broadcast, by_the_first, failing_together, gather, rank_and_count
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
 from hf_rmt.reports.sweep import NONE, Cell, SweepTable, of_same_size
@@ -169,15 +169,12 @@ class SweepRun:
 
     def _together(self, indices: list[int], partial: store.PartialRun | None) -> dict[int, Cell]:
         """One cell a process, or one that all measure in step; afterwards all know these, and whether to go on."""
-        own, error = {}, None
-        try:
+        own = {}
+        with failing_together():
             for index in indices if self.in_step else indices[self.rank :][:1]:
                 own[index] = self._cell(self.cells[index])
                 if partial is not None and (self.rank == 0 or not self.in_step):
                     partial.write(index, own[index])
-        except BaseException as caught:
-            error = caught
-        raise_together(error)
         return {index: cell for one in gather(own) for index, cell in one.items()}
 
     def _refuse_ignorant(self, baseline: Cell) -> None:

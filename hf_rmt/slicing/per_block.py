@@ -20,7 +20,7 @@ from hf_rmt.models.moment_sums import MomentSum
 from hf_rmt.models.residual_stream import Stream
 from hf_rmt.models.stream_taps import prepared
 from hf_rmt.models.token_masks import MAIN, TokenMasks
-from hf_rmt.processes import add_up, gather, raise_together, rank_and_count
+from hf_rmt.processes import add_up, failing_together, gather, rank_and_count
 from hf_rmt.progress import progress_bar
 from hf_rmt.slicing.basis import change_site_, give_shortcuts_
 from hf_rmt.theory.covariance import Moments
@@ -82,7 +82,7 @@ class _Walk:
     def begin(self, batches: Batches) -> None:
         """What the embeddings give, and what each block is called with."""
         model: Any = self.stream.model
-        with _recording(self.stream) as calls, _failing_together():
+        with _recording(self.stream) as calls, failing_together():
             for batch, keep in batches.of_process(*rank_and_count()):
                 calls.clear()
                 model(**{**batch, "use_cache": False} if "use_cache" in batch else batch)
@@ -98,14 +98,14 @@ class _Walk:
         self.border(number * steps)
         for step in range(1, steps):
             self._change(number * steps + step, self._summed_inside(number, step))
-        with _failing_together():
+        with failing_together():
             for rows in self.rows:
                 rows.hidden = self._run(number, rows)
 
     def border(self, index: int) -> None:
         """Slice where a block begins, or behind the last one."""
         total = MomentSum(self.stream.width)
-        with _failing_together():
+        with failing_together():
             for rows in self.rows:
                 self._add(total, rows, rows.hidden)
         basis = self._change(index, total)
@@ -124,7 +124,7 @@ class _Walk:
         total = MomentSum(self.stream.width)
         handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
-            with _failing_together():
+            with failing_together():
                 for rows in self.rows:
                     self._run(number, rows)
                     self._add(total, rows, seen.pop())
@@ -152,17 +152,6 @@ class _Walk:
         basis, reading = self.basis_of(index, moments)
         change_site_(self.stream, index, basis, reading)
         return basis
-
-
-@contextmanager
-def _failing_together() -> Iterator[None]:
-    """Where one process fails, all raise."""
-    error = None
-    try:
-        yield
-    except BaseException as caught:
-        error = caught
-    raise_together(error)
 
 
 @contextmanager
