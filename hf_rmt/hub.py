@@ -209,7 +209,7 @@ class _Files:
                 )
             self.tokenizer.save_pretrained(folder)
             return _loader_of(folder), ""
-        own = Original.of(getattr(self.model.config, "_name_or_path", ""), None)  # may be an earlier slice
+        own = Original.of_model(self.model)  # may be an earlier slice
         for name in _PROCESSOR:
             if (path := own.local_file(name) or self.record.original.local_file(name)) is not None:
                 shutil.copyfile(path, folder / name)

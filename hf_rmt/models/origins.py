@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_rmt.models.live import unwrap
+
 log = logging.getLogger(__name__)
 
 #: What of the card of the original holds for what is made from it too.
@@ -33,6 +35,14 @@ class Original:
         known = _commits(source, revision)
         place = str(Path(source).absolute()) if Path(source).is_dir() else source
         return cls(place, source if known else None, known[0] if len(known) == 1 else None)
+
+    @classmethod
+    def of_model(cls, model: Any) -> Original:
+        """That of a model in memory, as far as its configuration tells."""
+        inner = unwrap(model)
+        config = getattr(inner, "config", None)
+        name = getattr(config, "_name_or_path", "") or type(inner).__name__
+        return cls.of(name, getattr(config, "_commit_hash", None))
 
     @property
     def base(self) -> str:

@@ -83,8 +83,7 @@ def tokenizer_of(model: Any, revision: str | None = None) -> Any:
         name, local = str(model), os.path.isdir(model)
     else:
         config: Any = getattr(unwrap(model), "config", None)
-        name = getattr(config, "_name_or_path", "")
-        original = Original.of(name, getattr(config, "_commit_hash", None))
+        name, original = getattr(config, "_name_or_path", ""), Original.of_model(model)
         revision, local = original.revision, original.hub_id is None
     if not name:
         raise ValueError(f"{type(unwrap(model)).__name__} was not loaded, so it has no tokenizer: pass tokenizer=")

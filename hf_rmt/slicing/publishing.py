@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rmt import hub
-from hf_rmt.analyzer import RMTAnalyzer
 from hf_rmt.config import SliceConfig
 from hf_rmt.model_card import MANIFEST, ModelRecord, architecture_of, original_in_code, read_scores
 from hf_rmt.models.families import is_own
@@ -128,8 +127,7 @@ def refuse_another_model(model: nn.Module, folder: Path, overwrite: bool = False
     Raises:
         ValueError, NotADirectoryError: as ``save_sliced``.
     """
-    origin = RMTAnalyzer(model).origin
-    original = Original.of(origin["model"], origin["revision"])
+    original = Original.of_model(model)
     hub.refuse_another(folder, original.base, partial(_is_slice_of, original), overwrite)
 
 
