@@ -95,6 +95,17 @@ class StreamTensor:
         """The parameter, None where the module has none."""
         return getattr(self.module, self.name, None)
 
+    @property
+    def stored(self) -> torch.Tensor:
+        """The parameter, of a module that has it."""
+        value = self.value
+        assert value is not None
+        return value
+
+    def along(self) -> torch.Tensor:
+        """``(..., D)`` in float64, its axis of the stream the last."""
+        return self.stored.detach().double().movedim(self.axis, -1)
+
     def replace(self, value: torch.Tensor) -> None:
         """Give the module another parameter, of the same dtype and device, as trainable as the one before."""
         old = self.value
@@ -200,9 +211,7 @@ class Stream:
     @property
     def table(self) -> torch.Tensor:
         """``(V, D)``, the table of tokens."""
-        value = self.embeddings.value
-        assert value is not None
-        return value
+        return self.embeddings.stored
 
 
 def stream_of(model: Any, family: Family | None = None) -> Stream:

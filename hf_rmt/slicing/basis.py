@@ -217,9 +217,7 @@ def _change_site(site: StreamSite, basis: torch.Tensor, reading: torch.Tensor) -
 
 
 def _contract(tensor: StreamTensor, basis: torch.Tensor, attributes: tuple[str, ...]) -> None:
-    value = tensor.value
-    assert value is not None
-    along = value.detach().double().movedim(tensor.axis, -1)
+    along = tensor.along()
     tensor.replace((along @ basis.to(along.device)).movedim(-1, tensor.axis))
     if tensor.name != "bias":
         for name in attributes:

@@ -18,7 +18,6 @@ from hf_rmt.models.residual_stream import (
     Slot,
     Stream,
     StreamSite,
-    StreamTensor,
     stream_of,
 )
 from hf_rmt.models.stream_modules import StreamNorm, add_shortcuts
@@ -169,7 +168,7 @@ def _centre(stream: Stream) -> None:
         if stream.family.post_norm and not site.norms:
             continue
         for tensor in site.writers:
-            value = _value(tensor)
+            value = tensor.stored.double()
             tensor.replace(value - value.mean(tensor.axis, keepdim=True))
 
 
@@ -195,8 +194,7 @@ def _fuse_site(stream: Stream, site: StreamSite) -> None:
 
 def _absorb(reader: Reader, gain: torch.Tensor, bias: torch.Tensor | None) -> None:
     """``W <- W diag(g)``, ``b <- b + W beta``."""
-    weight = _value(reader.weight)
-    along = weight.movedim(reader.weight.axis, -1)
+    along = reader.weight.along()
     if bias is not None and bool(bias.any()):
         shift = along @ bias
         assert reader.bias is not None
@@ -218,7 +216,7 @@ def _into_residual(stream: Stream, site: StreamSite, gain: torch.Tensor, bias: t
     if shift is not None:
         target = next((tensor for tensor in following.writers if tensor.name == "bias"), None)
         if target is not None:  # else it is zero
-            target.replace(_value(target) + shift)
+            target.replace(target.stored.double() + shift)
 
 
 def fused_norm(stream: Stream, slot: Slot, mapped: bool) -> StreamNorm:
@@ -232,9 +230,3 @@ def fused_norm(stream: Stream, slot: Slot, mapped: bool) -> StreamNorm:
         if bias is not None:
             norm.change.bias.copy_(bias)
     return norm
-
-
-def _value(tensor: StreamTensor) -> torch.Tensor:
-    value = tensor.value
-    assert value is not None
-    return value.detach().double()

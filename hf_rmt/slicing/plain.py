@@ -48,9 +48,9 @@ def can_be_plain(config: Any, model_class: Any = None, family: Family | None = N
         None if it has, else a sentence that says why not.
     """
     try:
-        _Architecture.of(config, model_class, family).taken(config.hidden_size - 1)
+        _plain_architecture(config, model_class, family)
     except ValueError as error:
-        return f"{error}. The registered form can hold such a slice"
+        return str(error)
     return None
 
 
@@ -69,10 +69,17 @@ def plain_width(config: Any, width: int, model_class: Any = None, family: Family
     Raises:
         ValueError: the model has no plain form, or none that narrow.
     """
-    reason = can_be_plain(config, model_class, family)
-    if reason is not None:
-        raise ValueError(reason)
-    return _Architecture.of(config, model_class, family).taken(width)
+    return _plain_architecture(config, model_class, family).taken(width)
+
+
+def _plain_architecture(config: Any, model_class: Any, family: Family | None) -> _Architecture:
+    """One that can be plain; raises what ``can_be_plain`` says of others."""
+    try:
+        found = _Architecture.of(config, model_class, family)
+        found.taken(config.hidden_size - 1)
+    except ValueError as error:
+        raise ValueError(f"{error}. The registered form can hold such a slice") from error
+    return found
 
 
 def plain_form(stream: Stream) -> transformers.PreTrainedModel:
@@ -304,14 +311,14 @@ class _Frame:
 def _unused_direction(stream: Stream, width: int) -> torch.Tensor | None:
     """The direction of the stream in which nothing is written, to rounding."""
     gram = torch.zeros(width, width, dtype=torch.float64)
-    writers = [tensor for site in stream.sites for tensor in site.writers if bool(_value(tensor).any())]
+    writers = [tensor for site in stream.sites for tensor in site.writers if bool(tensor.stored.any())]
     for tensor in writers:
-        rows = _along(tensor).reshape(-1, width)
+        rows = tensor.along().reshape(-1, width)
         gram += (rows.mT @ rows / rows.square().sum()).cpu()
     direction = torch.linalg.eigh(gram)[1][:, 0]
-    tolerance = 1e-12 + 2 * torch.finfo(_value(writers[0]).dtype).eps
+    tolerance = 1e-12 + 2 * torch.finfo(writers[0].stored.dtype).eps
     for tensor in writers:
-        rows = _along(tensor)
+        rows = tensor.along()
         if (rows @ direction.to(rows.device)).norm() > tolerance * rows.norm() / math.sqrt(width):
             return None
     return direction
@@ -335,7 +342,7 @@ class _Weights:
         for site in self.stream.sites:
             for tensor in site.writers:
                 by_itself = hasattr(tensor.module, "scalar_embed_scale")
-                self._put(tensor, self.frame.place(_along(tensor)) * (1.0 if by_itself else scale))
+                self._put(tensor, self.frame.place(tensor.along()) * (1.0 if by_itself else scale))
             for reader in site.bare:
                 self._read(reader)
             for slot in site.norms:
@@ -365,14 +372,14 @@ class _Weights:
     def _put(self, tensor: StreamTensor, value: torch.Tensor) -> None:
         name = self._name(tensor)
         del self.own[name]
-        self.made[name] = value.movedim(-1, tensor.axis).to(_value(tensor).dtype).contiguous()
+        self.made[name] = value.movedim(-1, tensor.axis).to(tensor.stored.dtype).contiguous()
 
     def _norm(self, slot: NormSlot) -> None:
         """A norm of gain 1 and its readers; it adds the ones vector if one of them needs that."""
         path = self.paths[id(slot.module)]
         del self.own[f"{path}.weight"]
         needed = [self._read(reader, path) for reader in slot.readers]
-        like = _value(slot.readers[0].weight)
+        like = slot.readers[0].weight.stored
         gain = 0.0 if self.stream.family.norm == "rms_plus_one" else 1.0
         for name, value in (("weight", gain), ("bias", float(any(needed)))):
             if f"{path}.{name}" in self.there:
@@ -380,7 +387,7 @@ class _Weights:
 
     def _read(self, reader: Reader, norm: str = "") -> bool:
         """Returns whether its norm has to add the ones vector, since the architecture has no bias there."""
-        value = self.frame.place(_along(reader.weight)) * math.sqrt(self.stream.width / self.frame.width)
+        value = self.frame.place(reader.weight.along()) * math.sqrt(self.stream.width / self.frame.width)
         bias = "" if reader.bias is None else self._name(reader.bias)
         free = self.frame.mirror is not None and f"{norm}.bias" in self.there
         homeless = free and bias in self.own and bias not in self.there
@@ -397,17 +404,6 @@ class _Weights:
                 f"an ordinary {type(self.laid_out).__name__} and this one do not both have {', '.join(different[:5])}: "
                 "what it has no place for can be in the registered form alone"
             )
-
-
-def _value(tensor: StreamTensor) -> torch.Tensor:
-    value = tensor.value
-    assert value is not None
-    return value.detach()
-
-
-def _along(tensor: StreamTensor) -> torch.Tensor:
-    """In float64, its axis of the stream the last."""
-    return _value(tensor).double().movedim(tensor.axis, -1)
 
 
 # The model

@@ -217,8 +217,8 @@ def _bias(reader: Reader) -> torch.Tensor | None:
 
 
 def _give_bias(reader: Reader) -> None:
-    weight = reader.weight.value
-    assert reader.bias is not None and weight is not None
+    weight = reader.weight.stored
+    assert reader.bias is not None
     reader.bias.replace(torch.empty(weight.shape[0 if reader.weight.axis == -1 else -1], device=weight.device))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rmt.analyzer import RMTAnalyzer
 from hf_rmt.config import CollectConfig, Form, SliceConfig
 from hf_rmt.models.batches import Batches
 from hf_rmt.models.families import family_of
@@ -264,13 +263,16 @@ class _Slicer:
     def _basis(self, stream: Stream, covariances: Sequence[torch.Tensor], sites: Sequence[StreamSite]) -> torch.Tensor:
         """``(D, D)`` orthonormal columns, the most important first."""
         # What is cut of a tied table, the head lacks too.
+        seen, weigh = list(covariances), self.config.weighs_readers
         with_table = stream.tied is not None and sites[0] is stream.sites[0]
-        tables = [_table(stream) * _TABLE * len(sites)] if with_table else []
-        if not self.config.weighs_readers:
-            return principal_basis([*covariances, *tables])[1]
+        table = gram(stream.table).cpu() if stream.tied is not None and (with_table or weigh) else None
+        if with_table and table is not None:
+            seen.append(_of_unit_mean(table) * _TABLE * len(sites))
+        if not weigh:
+            return principal_basis(seen)[1]
         bare = torch.eye(stream.width, dtype=torch.float64)
-        readers = [*(_read(stream, site) for site in sites), *(bare for _ in tables)]
-        return reading_basis([*covariances, *tables], readers)[1]
+        readers = [*(_read(site, stream.width, table) for site in sites), *([bare] if with_table else [])]
+        return reading_basis(seen, readers)[1]
 
     # How wide
 
@@ -314,8 +316,7 @@ class _Slicer:
     # Results
 
     def _record(self, stream: Stream, wanted: int, width: int, energy: float, tokens: int) -> SliceRecord:
-        origin = RMTAnalyzer(self.model).origin
-        original = Original.of(origin["model"], origin["revision"])
+        original = Original.of_model(self.model)
         return SliceRecord(
             model=original.source,
             revision=original.revision,
@@ -389,24 +390,24 @@ def _is_stacked(site: StreamSite) -> bool:
     return any(reader.weight.value is not None and reader.weight.value.ndim > 2 for reader in site.readers)
 
 
-def _read(stream: Stream, site: StreamSite) -> torch.Tensor:
-    """``(D, D)``, the sum of ``W^T W`` over the readers of a site; the identity where nothing reads it."""
-    total = torch.zeros(stream.width, stream.width, dtype=torch.float64)
+def _read(site: StreamSite, width: int, table: torch.Tensor | None) -> torch.Tensor:
+    """``(D, D)``, the sum of ``W^T W`` over the readers of a site; the identity where nothing reads it.
+
+    ``table``: that of a head that is tied to the embeddings, which is read behind a matrix.
+    """
+    total = torch.zeros(width, width, dtype=torch.float64)
     for reader in site.readers:
-        value = reader.weight.value
-        assert value is not None
-        total += gram(value.movedim(reader.weight.axis, -1).reshape(-1, stream.width)).cpu()
-    if site.block is None and stream.tied is not None:
+        total += gram(reader.weight.stored.movedim(reader.weight.axis, -1).reshape(-1, width)).cpu()
+    if site.block is None and table is not None:
         before_head: Any = site.norms[0].module
-        gain = before_head.change.weight.detach().double()
-        total += (gain.mT @ gram(stream.table) @ gain).cpu()
-    return total if bool(total.any()) else torch.eye(stream.width, dtype=torch.float64)
+        gain = before_head.change.weight.detach().double().cpu()
+        total += gain.mT @ table @ gain
+    return total if bool(total.any()) else torch.eye(width, dtype=torch.float64)
 
 
-def _table(stream: Stream) -> torch.Tensor:
-    """``(D, D)``, second moment of the rows of the table of tokens, as if their mean square were 1."""
-    total = gram(stream.table).cpu()
-    return total * len(total) / total.trace()
+def _of_unit_mean(moment: torch.Tensor) -> torch.Tensor:
+    """A second moment as if the mean square of its rows were 1."""
+    return moment * len(moment) / moment.trace()
 
 
 def _grows(record: SliceRecord, before: int, costs: list[str]) -> str:

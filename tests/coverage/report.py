@@ -21,10 +21,7 @@ def share_found(result: dict[str, Any]) -> float:
 
 def goals_are_met(results: Mapping[str, Results]) -> bool:
     """Whether as many types are covered as should be."""
-    found, cycled = results.get("discovered", {}), results.get("cycle", {})
-    built, shrunk = _built(found), _built(cycled)
-    whole = [kind for kind in built if _is_whole(found[kind])]
-    through = [kind for kind in shrunk if "error" not in cycled[kind]]
+    built, whole, shrunk, through = _passed(results.get("discovered", {}), results.get("cycle", {}))
     return len(whole) >= TYPES * len(built) and len(through) >= CYCLES * len(shrunk)
 
 
@@ -32,9 +29,7 @@ def document(found: Results, cycled: Results) -> str:
     """The whole page."""
     import transformers
 
-    built, shrunk = _built(found), _built(cycled)
-    whole = [kind for kind in built if _is_whole(found[kind])]
-    through = [kind for kind in shrunk if "error" not in cycled[kind]]
+    built, whole, shrunk, through = _passed(found, cycled)
     totals = Counter[str]()
     for kind in built:
         totals.update(found[kind].get("elements", {}))
@@ -90,6 +85,13 @@ _NAMES = {
     "left out": "left out",
     "vectors": "vectors and scalars",
 }
+
+
+def _passed(found: Results, cycled: Results) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Types that build, those of them found whole; types that shrink, those of them that go through the cycle."""
+    built, shrunk = _built(found), _built(cycled)
+    whole = [kind for kind in built if _is_whole(found[kind])]
+    return built, whole, shrunk, [kind for kind in shrunk if "error" not in cycled[kind]]
 
 
 def _built(results: Results) -> list[str]:
