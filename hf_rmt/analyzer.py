@@ -154,7 +154,7 @@ class RMTAnalyzer:
         matrices = select(self.matrices, roles, blocks)
         run = AnalysisRun(matrices, settings, self.origin, covariances)
         if folder is None:
-            return run.report(dict(run.results(range(len(matrices)))))
+            return run.analysed()
         return run.in_folder(Path(folder))
 
     def collect(
@@ -230,5 +230,5 @@ class RMTAnalyzer:
         settings = AnalysisConfig.of(config, options)
         run = ComparisonRun(*analyzers_of(before, after), settings, roles, blocks)
         if folder is None:
-            return run.comparison(dict(run.results(range(len(run.pairs)))))
+            return run.compared()
         return run.in_folder(Path(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -16,7 +17,7 @@ from hf_rmt.analyzer import RMTAnalyzer
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.live import is_sharded
 from hf_rmt.models.matrices import select
-from hf_rmt.processes import broadcast, rank_and_count
+from hf_rmt.processes import alone, broadcast, rank_and_count
 from hf_rmt.reports import store
 from hf_rmt.reports.columns import COLUMNS as COLUMNS_OF_REPORTS
 from hf_rmt.reports.columns import CONTROL_COLUMNS, LABELS, OVERLAP_COLUMNS
@@ -215,9 +216,13 @@ class RMTCallback(TrainerCallback):
         return self.folder / "start" / "weights.safetensors"
 
     def _works(self) -> bool:
-        """Whether this process analyses: sharded weights are read by all together."""
+        """Whether this process has to do with the first weights: sharded ones are read by all together."""
+        return self._first or self._sharded
+
+    @property
+    def _sharded(self) -> bool:
         assert self.analyzer is not None and self.analyzer.model is not None
-        return self._first or is_sharded(self.analyzer.model)
+        return is_sharded(self.analyzer.model)
 
     def _is_due(self, step: int, args: TrainingArguments, state: TrainerState, loader: Any) -> bool:
         """Whether there will be an analysis after this step."""
@@ -246,12 +251,10 @@ class RMTCallback(TrainerCallback):
         assert self.analyzer is not None and self.folder is not None
         began = time.perf_counter()
         covariances = self._window.covariances() if self._window is not None else None
-        numbers: dict[str, float] = {}
-        if self._works():
-            report = self.analyzer.analyze(config=self.config, covariances=covariances)
-            numbers = self._numbers(report)
-            if self._first:
-                self.last = report.save(self.folder / (weights_are or name or f"step-{step}"))
+        report = self.analyzer.analyze(config=self.config, covariances=covariances)  # each process its share
+        numbers = self._numbers(report)
+        if self._first:
+            self.last = report.save(self.folder / (weights_are or name or f"step-{step}"))
         if step in self._logged:
             return numbers
         if self.last is not None:
@@ -285,7 +288,8 @@ class RMTCallback(TrainerCallback):
             start = copy.copy(self.analyzer)
             start.model, start.model_id = None, f"{self.analyzer.model_id} before training"
             start.matrices = snapshot_of(self.analyzer.matrices, self._start_weights)
-            comparison = RMTAnalyzer.compare(start, self.analyzer, config=self.config)
+            with contextlib.nullcontext() if self._sharded else alone():  # others may not see the file
+                comparison = RMTAnalyzer.compare(start, self.analyzer, config=self.config)
         elif not kept and self._first:
             start_report = AnalysisReport.load(self.folder / "start")
             assert self.last is not None

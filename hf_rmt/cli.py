@@ -184,8 +184,9 @@ def compare(before: str, after: str, out: Path, plots: bool, **options: Any) -> 
 
     options["roles"] = options["roles"] or None
     comparison = RMTAnalyzer.compare(before, after, folder=out, **options)
-    Console().print(comparison_table(comparison))
-    _draw(comparison, out, plots, "comparison")
+    if not _is_one_of_the_others():
+        Console().print(comparison_table(comparison))
+        _draw(comparison, out, plots, "comparison")
 
 
 @cli.command()
@@ -294,7 +295,8 @@ def sweep(context: click.Context, model: str, out: Path, plots: bool, **options:
 
     _refuse_strange_mixtures(context, options)
     table = sweep_command.run(model, out, options)
-    if sweep_command.show(table):
+    if not _is_one_of_the_others():
+        sweep_command.show(table)
         _draw(table, out, plots, "sweep", "evaluations")
 
 
@@ -366,12 +368,21 @@ def _minilm() -> Path:
 def _finish(report: AnalysisReport, out: Path, plots: bool) -> None:
     from rich.console import Console
 
+    if _is_one_of_the_others():
+        return
     from hf_rmt.tables import overlap_table, report_table
 
     Console().print(report_table(report))
     if report.settings.get("covariances"):
         Console().print(overlap_table(report))
     _draw(report, out, plots, "report")
+
+
+def _is_one_of_the_others() -> bool:
+    """Whether another process of the launch shows what came out."""
+    from hf_rmt.processes import rank_and_count
+
+    return rank_and_count()[0] > 0
 
 
 def _draw(

@@ -20,7 +20,16 @@ from hf_rmt.models.digests import fingerprint_of
 from hf_rmt.models.live import adapters_off, callable_of, is_sharded, unwrap
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.models.moment_sums import MomentSum
-from hf_rmt.processes import add_up, broadcast, failing_together, gather, local_count, raise_together, rank_and_count
+from hf_rmt.processes import (
+    add_up,
+    assemble,
+    broadcast,
+    failing_together,
+    gather,
+    local_count,
+    raise_together,
+    rank_and_count,
+)
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
 from hf_rmt.reports.covariances import ActivationCovariances
@@ -80,6 +89,7 @@ class CollectionRun:
                 "none of these matrices reads activations token by token: embeddings read the numbers of tokens, "
                 "convolutions and recurrent layers several at once"
             )
+        assemble("collect")
         identity = self._identity()
         if folder is not None and store.is_saved(folder, "covariances"):
             return self._finished(folder, identity, batches)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,12 @@ from hf_rmt.models.adapters import is_adapter, load_adapter
 from hf_rmt.models.digests import digest_of
 from hf_rmt.models.live import callable_of, unwrap
 from hf_rmt.models.matrices import WeightMatrix, select
+from hf_rmt.processes import by_the_first
 from hf_rmt.reports import store
 from hf_rmt.reports.comparison import MatrixComparison, ModelComparison, common_names, one_sided, refuse_other_shapes
 from hf_rmt.reports.result import MatrixResult
-from hf_rmt.run import AnalysisRun, matrices_at_a_time, matrix_by_matrix
+from hf_rmt.run import AnalysisRun
+from hf_rmt.sharing import MatrixTasks, opened
 from hf_rmt.theory.comparison import DECILES, change_stable_rank, energy_by_decile, frobenius_norm, match
 from hf_rmt.theory.decomposition import SVDFactors, as_float
 
@@ -157,48 +160,46 @@ class ComparisonRun:
         self.settings = self.decisive | {"before": origins[0], "after": origins[1]} | one_sided(*names)
         self.settings["versions"] = self.before.settings["versions"]
 
-    def comparison(self, found: dict[int, ComparedMatrix]) -> ModelComparison:
-        """The comparison of all matrices, by their positions."""
+    def compared(self) -> ModelComparison:
+        """The comparison, of all processes together."""
+        return self._comparison(self._tasks().results())
+
+    def _comparison(self, found: list[ComparedMatrix]) -> ModelComparison:
         return ModelComparison(
-            (found[index].comparison for index in range(len(self.pairs))),
-            self.before.report({index: one.before for index, one in found.items()}),
-            self.after.report({index: one.after for index, one in found.items()}),
+            (one.comparison for one in found),
+            self.before.report(one.before for one in found),
+            self.after.report(one.after for one in found),
             self.settings,
         )
 
     def in_folder(self, folder: Path) -> ModelComparison:
-        """The comparison, kept in a folder matrix by matrix; what an earlier run left there is used."""
-        if store.is_saved(folder, "comparison"):
-            return self._finished(folder)
+        """The same, kept in a folder matrix by matrix; what an earlier run left there is used."""
+        check = partial(self._check_same_weights, folder)
+        tasks = self._tasks()
+        if by_the_first(lambda: store.is_saved(folder, "comparison")):
+            return self._finished(folder, tasks, check)
         identity = {"before": self.before.identity(), "after": self.after.identity()}
-        partial = store.PartialRun(folder, identity, ComparedMatrix)
-        try:
-            return self._resumed(partial, folder)
-        finally:
-            partial.close()
-
-    def _resumed(self, partial: store.PartialRun, folder: Path) -> ModelComparison:
-        found = partial.completed(
-            len(self.pairs),
-            lambda index, earlier: self._check_same_weights(index, earlier.before, earlier.after, folder),
-            self.results,
-        )
-        comparison = self.comparison(found)
-        comparison.save(folder)
-        partial.remove()
+        with opened(folder, identity, ComparedMatrix) as unfinished:
+            comparison = self._comparison(tasks.kept(unfinished, check))
+            by_the_first(lambda: comparison.save(folder))
+            unfinished.remove()
         return comparison
 
-    def _finished(self, folder: Path) -> ModelComparison:
+    def _finished(
+        self, folder: Path, tasks: MatrixTasks[ComparedMatrix], check: Callable[[int, Any], None]
+    ) -> ModelComparison:
         """The comparison of an earlier run, if it is one of the same weights under the same settings."""
-        earlier = ModelComparison.load(folder)
+        earlier = by_the_first(lambda: ModelComparison.load(folder))
         wanted = self.decisive | {"matrices": [old.name for old, _ in self.pairs]}
         store.refuse_other(folder, earlier.settings | {"matrices": list(earlier)}, wanted)
-        for index, name in enumerate(earlier):
-            self._check_same_weights(index, earlier.before[name], earlier.after[name], folder)
+        found = [ComparedMatrix(earlier.before[name], earlier.after[name], earlier[name]) for name in earlier]
+        tasks.check(found, check)
         return earlier
 
-    def _check_same_weights(self, index: int, before: MatrixResult, after: MatrixResult, folder: Path) -> None:
-        for side, matrix, earlier in zip(("before", "after"), self.pairs[index], (before, after), strict=True):
+    def _check_same_weights(self, folder: Path, index: int, found: ComparedMatrix) -> None:
+        for side, matrix, earlier in zip(
+            ("before", "after"), self.pairs[index], (found.before, found.after), strict=True
+        ):
             if earlier.name != matrix.name or earlier.digest != digest_of(matrix.read()):
                 raise ValueError(
                     f"{folder} belongs to other models: the weights of {matrix.name} {side} differ; give another folder"
@@ -206,13 +207,11 @@ class ComparisonRun:
             if self.config.strict and not len(earlier.s):
                 raise ValueError(f"{matrix.name}: {earlier.row['note']}; repair the weights, or compare without strict")
 
-    def results(self, indices: Collection[int], finished: int = 0) -> Iterator[tuple[int, ComparedMatrix]]:
-        """Each matrix's comparison as it finishes."""
-        both = [matrix for index in indices for matrix in self.pairs[index]]
-        workers = matrices_at_a_time(both, self.config, copies=2)
-        before = [old for old, _ in self.pairs]
-        work: Callable[[int], ComparedMatrix] = lambda index: compare_matrix(*self.pairs[index], self.config)  # noqa: E731
-        return matrix_by_matrix(before, indices, work, workers, self.config.progress, finished)
+    def _tasks(self) -> MatrixTasks[ComparedMatrix]:
+        """The comparison of each pair."""
+        return MatrixTasks(
+            self.pairs, lambda indices: lambda old, new: compare_matrix(old, new, self.config), self.config, "compare"
+        )
 
 
 # Which models

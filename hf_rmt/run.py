@@ -1,13 +1,14 @@
-"""Many matrices through an analysis: shared out, kept as they finish, resumed after a kill."""
+"""The analysis of many matrices, and what a folder must agree with that one of them is kept in."""
 
 from __future__ import annotations
 
 import platform
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -15,15 +16,13 @@ from hf_rmt.analysis import Bases, analyse_matrix
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.digests import digest_of, fingerprint_of
 from hf_rmt.models.matrices import WeightMatrix
-from hf_rmt.progress import progress_bar
+from hf_rmt.processes import by_the_first
 from hf_rmt.reports import store
 from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.reports.report import AnalysisReport
 from hf_rmt.reports.result import MatrixResult
+from hf_rmt.sharing import MatrixTasks, opened
 from hf_rmt.theory.covariance import Eigenbasis
-from hf_rmt.workers import run_longest_first, seconds_estimate, workers_for
-
-Result = TypeVar("Result")
 
 
 class AnalysisRun:
@@ -48,7 +47,9 @@ class AnalysisRun:
             )
         self.matrices = matrices
         self.config = config
-        self.bases = None if covariances is None else EigenbasisPool(covariances, matrices)
+        self.covariances = covariances
+        if covariances is not None:
+            _check_covariances(covariances, matrices)
         self.decisive = config.identity() | {"covariances": None if covariances is None else covariances.identity()}
         self.settings = self.decisive | origin | {"versions": versions()}
 
@@ -57,42 +58,38 @@ class AnalysisRun:
         shapes = {matrix.name: [*matrix.shape, str(matrix.dtype)] for matrix in self.matrices}
         return self.decisive | {"matrices": shapes}
 
-    def report(self, results: dict[int, MatrixResult]) -> AnalysisReport:
-        """The report of all matrices, by their positions."""
-        return AnalysisReport((results[index] for index in range(len(self.matrices))), self.settings)
+    def report(self, results: Iterable[MatrixResult]) -> AnalysisReport:
+        """The report of the results of all matrices."""
+        return AnalysisReport(results, self.settings)
+
+    def analysed(self) -> AnalysisReport:
+        """The report, of all processes together."""
+        return self.report(self._tasks().results())
 
     def in_folder(self, folder: Path) -> AnalysisReport:
-        """The report, kept in a folder matrix by matrix; what an earlier run left there is used."""
-        if store.is_saved(folder, "report"):
-            return self._finished(folder)
-        partial = store.PartialRun(folder, self.identity())
-        try:
-            return self._resumed(partial, folder)
-        finally:
-            partial.close()
-
-    def _resumed(self, partial: store.PartialRun, folder: Path) -> AnalysisReport:
-        results = partial.completed(
-            len(self.matrices),
-            lambda index, earlier: self._check_same_weights(index, earlier, folder),
-            lambda left, finished: self.results(left, digest=True, finished=finished),
-        )
-        report = self.report(results)
-        report.save(folder)
-        partial.remove()
+        """The same, kept in a folder matrix by matrix; what an earlier run left there is used."""
+        check = partial(self._check_same_weights, folder)
+        tasks = self._tasks(digest=True)
+        if by_the_first(lambda: store.is_saved(folder, "report")):
+            return self._finished(folder, tasks, check)
+        with opened(folder, self.identity(), MatrixResult) as unfinished:
+            report = self.report(tasks.kept(unfinished, check))
+            by_the_first(lambda: report.save(folder))
+            unfinished.remove()
         return report
 
-    def _finished(self, folder: Path) -> AnalysisReport:
+    def _finished(
+        self, folder: Path, tasks: MatrixTasks[MatrixResult], check: Callable[[int, MatrixResult], None]
+    ) -> AnalysisReport:
         """The report of an earlier run, if it is one of the same weights under the same settings."""
-        report = AnalysisReport.load(folder)
+        report = by_the_first(lambda: AnalysisReport.load(folder))
         wanted = self.decisive
         store.refuse_other(folder, {key: report.settings.get(key) for key in wanted}, wanted)
         store.refuse_other(folder, {"matrices": list(report)}, {"matrices": [matrix.name for matrix in self.matrices]})
-        for index, result in enumerate(report.values()):
-            self._check_same_weights(index, result, folder)
+        tasks.check(list(report.values()), check)
         return report
 
-    def _check_same_weights(self, index: int, earlier: MatrixResult, folder: Path) -> None:
+    def _check_same_weights(self, folder: Path, index: int, earlier: MatrixResult) -> None:
         matrix = self.matrices[index]
         if not earlier.digest:
             raise ValueError(f"{folder} holds a report that was saved without this run; give another folder")
@@ -103,46 +100,15 @@ class AnalysisRun:
         if self.config.strict and not len(earlier.s):
             raise ValueError(f"{matrix.name}: {earlier.row['note']}; repair the weights, or analyse without strict")
 
-    def results(
-        self, indices: Collection[int], digest: bool = False, finished: int = 0
-    ) -> Iterator[tuple[int, MatrixResult]]:
-        """Each matrix's result as it finishes."""
-        chosen = [self.matrices[index] for index in indices]
-        bases = None if self.bases is None else self.bases.of
+    def _tasks(self, digest: bool = False) -> MatrixTasks[MatrixResult]:
+        """The analysis of each; ``digest``: with what a resumed run knows the weights by."""
 
-        def work(index: int) -> MatrixResult:
-            return analyse_matrix(self.matrices[index], self.config, digest, bases)
+        def work_on(indices: Sequence[int]) -> Callable[[WeightMatrix], MatrixResult]:
+            own = [self.matrices[index] for index in indices]
+            bases = None if self.covariances is None else EigenbasisPool(self.covariances, own).of
+            return lambda matrix: analyse_matrix(matrix, self.config, digest, bases)
 
-        workers = matrices_at_a_time(chosen, self.config)
-        return matrix_by_matrix(self.matrices, indices, work, workers, self.config.progress, finished)
-
-
-def matrix_by_matrix(
-    matrices: list[WeightMatrix],
-    indices: Collection[int],
-    work: Callable[[int], Result],
-    workers: int,
-    progress: bool | None,
-    finished: int = 0,
-) -> Iterator[tuple[int, Result]]:
-    """What ``work`` makes of some of the matrices, each as it finishes, under a bar that counts them all.
-
-    Raises:
-        RuntimeError: a library failed, on a matrix that the message names.
-    """
-    with progress_bar(progress, len(matrices), finished) as advance:
-
-        def named(index: int) -> Result:
-            advance(matrices[index].name, 0)
-            try:
-                return work(index)
-            except (RuntimeError, MemoryError) as error:  # of a library, which does not know what it worked on
-                raise RuntimeError(f"{matrices[index].name}: {error}") from error
-
-        cost: Callable[[int], float] = lambda index: seconds_estimate(*matrices[index].shape)  # noqa: E731
-        for index, result in run_longest_first(list(indices), named, cost, workers):
-            advance(matrices[index].name, 1)
-            yield index, result
+        return MatrixTasks([(matrix,) for matrix in self.matrices], work_on, self.config)
 
 
 class EigenbasisPool:
@@ -201,19 +167,6 @@ def _check_covariances(covariances: ActivationCovariances, matrices: list[Weight
                     f"the covariances are of another model: {matrix.name} has {width} {side}, "
                     f"they have {len(moments.total)}"
                 )
-
-
-def matrices_at_a_time(matrices: list[WeightMatrix], config: AnalysisConfig, copies: int = 1) -> int:
-    """How many matrices to work on at a time, where each takes the memory of several.
-
-    One, where an accelerator does the work, which one stream keeps busy, and where weights are sharded, which
-    all processes read in one order.
-    """
-    kinds = {config.device.partition(":")[0] if config.device else matrix.device.type for matrix in matrices}
-    # mps has no float64: its matrices are factored on the CPU
-    if kinds - {"cpu", "meta", "mps"} or any(getattr(matrix.load, "collective", False) for matrix in matrices):
-        return 1
-    return config.workers or workers_for([matrix.shape for matrix in matrices], copies)
 
 
 def versions() -> dict[str, str]:

@@ -12,9 +12,10 @@ from torch import nn
 
 from hf_rmt.models.live import is_sharded, unwrap
 from hf_rmt.models.matrices import WeightMatrix, select
-from hf_rmt.processes import by_the_first, rank_and_count
+from hf_rmt.processes import failing_together, rank_and_count, shares
 from hf_rmt.surgery.description import p_value_profiles, removed_by
 from hf_rmt.theory.selection import Selection
+from hf_rmt.workers import seconds_estimate
 
 if TYPE_CHECKING:
     from hf_rmt.config import SweepConfig
@@ -111,11 +112,14 @@ class Spectrum:
         return [self.editor.index[matrix.name] for matrix in self._of(*place)]
 
     def prepare(self, places: Sequence[Place]) -> None:
-        """Factor what is not factored yet; of several processes that keep factors in a folder, the first writes."""
+        """Factor what is not factored yet; of several processes that keep factors in a folder, each does its share."""
         indices = sorted({index for place in places for index in self._indices(place)})
         factors = self.editor.store
-        if rank_and_count()[1] > 1 and factors.folder is not None and not is_sharded(unwrap(self.pruner.model)):
-            by_the_first(lambda: factors.prepare(indices))
+        rank, count = rank_and_count()
+        if count > 1 and factors.folder is not None and not is_sharded(unwrap(self.pruner.model)):
+            costs = [seconds_estimate(*factors.matrices[index].shape) for index in indices]
+            with failing_together():
+                factors.prepare([indices[position] for position in shares(costs, count)[rank]])
         factors.prepare(indices)
 
     def size(self, selection: Selection, place: Place) -> int:

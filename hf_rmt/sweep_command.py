@@ -12,7 +12,6 @@ from hf_rmt.config import AnalysisConfig, SweepConfig
 from hf_rmt.evaluation import Accuracy, Perplexity
 from hf_rmt.models.loading import load_model
 from hf_rmt.models.text import text_batches, tokenizer_of
-from hf_rmt.processes import rank_and_count
 from hf_rmt.pruner import SVDPruner
 from hf_rmt.reports.sweep import SweepTable
 from hf_rmt.tables import sweep_table
@@ -38,20 +37,13 @@ def run(model: str, out: Path, options: dict[str, Any]) -> SweepTable:
     return SVDPruner(loaded, config=how).sweep(evaluate, folder=out, config=grid)
 
 
-def show(table: SweepTable) -> bool:
-    """Print the changes, and how they go with p-values; of several processes, the first prints.
-
-    Returns:
-        Whether this is the first.
-    """
-    if rank_and_count()[0]:
-        return False
+def show(table: SweepTable) -> None:
+    """Print the changes, and how they go with p-values."""
     Console().print(sweep_table(table))
     correlation = table.correlation().dropna(subset="rho").drop(columns="order")
     if len(correlation):
         click.echo("\nrank correlation of the drop with the p-values of the vectors removed, over the deciles:")
         click.echo(correlation.round(4).to_string(index=False))
-    return True
 
 
 def _grid(options: dict[str, Any]) -> SweepConfig:

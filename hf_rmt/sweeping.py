@@ -21,6 +21,7 @@ from hf_rmt.reports import store
 from hf_rmt.reports.sweep import NONE, Cell, SweepTable, of_same_size
 from hf_rmt.run import versions
 from hf_rmt.scoring import Scorer
+from hf_rmt.sharing import opened
 from hf_rmt.subjects import Place, Subject, removed
 from hf_rmt.theory.selection import Random, Selection
 
@@ -121,22 +122,13 @@ class SweepRun:
             store.refuse_other(folder, table.settings.get("identity") or {}, identity)
             return table
         count = len(self.cells)  # planned before the folder is touched, by all processes together
-        partial = self._opened(folder, identity)
-        try:
+        with opened(folder, identity, Cell) as partial:
             earlier = by_the_first(lambda: [partial.read(index) for index in range(count)])
             found = {index: cell for index, cell in enumerate(earlier) if cell is not None}
             table = self._table(self._measured(found, partial), identity)
             by_the_first(lambda: table.save(folder))
             by_the_first(partial.remove)
             return table
-        finally:
-            partial.close()
-
-    def _opened(self, folder: Path, identity: dict[str, Any]) -> store.PartialRun:
-        """The folder's unfinished run; the first process makes and locks it."""
-        opened: list[store.PartialRun] = []
-        by_the_first(lambda: opened.append(store.PartialRun(folder, identity, Cell)))
-        return opened[0] if opened else store.PartialRun(folder, identity, Cell, lock=False)
 
     def _refuse_other_processes(self, identity: dict[str, Any]) -> None:
         for rank, other in enumerate(gather(identity)):

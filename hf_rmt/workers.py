@@ -1,4 +1,4 @@
-"""Many matrices over the cores of one machine.
+"""Many matrices over the cores of one machine, or the share of them that a process of several has.
 
 Linear algebra on one matrix scales badly over threads, so each worker has one matrix and its share
 of the threads, longest matrices first. The caller's thread settings are put back afterwards.
@@ -16,15 +16,18 @@ from typing import TypeVar
 
 import torch
 
+from hf_rmt.processes import local_count
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Processor cores that this process may use, a container's share counted."""
+    """Processor cores that this process may use, a container's share counted, and those of its neighbours."""
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, period = [*_cgroup("cpu.max"), None, None][:2]
-    return max(1, min(own, math.ceil(quota / period))) if quota and period else own
+    own = min(own, math.ceil(quota / period)) if quota and period else own
+    return max(1, own // local_count())
 
 
 def free_memory() -> int:
@@ -51,7 +54,7 @@ def workers_for(shapes: Sequence[tuple[int, int]], copies: int = 1) -> int:
     ``copies``: how many matrices of such a shape each of them takes the memory of.
     """
     largest = max((copies * working_bytes(*shape) for shape in shapes), default=1)
-    fits = int(free_memory() / 2 // largest)
+    fits = int(free_memory() / local_count() / 2 // largest)
     return max(1, min(cores(), len(shapes), fits))
 
 

@@ -93,3 +93,29 @@ def minilm() -> Path:
         pytest.skip('needs the real encoder: pip install "hf_rmt[demo]"')
     assert spec.origin is not None
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture
+def launch() -> Callable[..., None]:
+    """Runs a function with arguments in two processes of one thread each; what fails there fails here."""
+
+    def run(function: Callable[..., None], *args: Any) -> None:
+        import datasets  # noqa: F401  # once, and not in every process
+        import torch.distributed.fsdp  # noqa: F401
+        from accelerate import Accelerator, debug_launcher  # noqa: F401
+
+        import hf_rmt.collecting  # noqa: F401
+
+        debug_launcher(_one_of_several, args=(function, args), num_processes=2)
+
+    return run
+
+
+def _one_of_several(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state()  # what an earlier test has left
+    PartialState._reset_state()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate sets more
+    function(*args)

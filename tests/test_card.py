@@ -124,9 +124,7 @@ def _save_sharded(model: Any, folder: Path) -> None:
         pruner.save_pretrained(folder)
 
 
-def test_a_model_that_processes_share(make_model, pruner: SVDPruner, tmp_path) -> None:
-    from tests.test_processes import launch
-
+def test_a_model_that_processes_share(make_model, launch, pruner: SVDPruner, tmp_path) -> None:
     launch(_save_sharded, make_model("llama"), tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -555,14 +554,8 @@ def test_nan_names_the_row(make_model: Maker, classifier: Maker, workers: int) -
 
 
 def _evaluate_together(model: nn.Module, causal: nn.Module, accuracy: Any, perplexity: Any) -> None:
-    from accelerate.state import AcceleratorState, PartialState
-
     from hf_rmt.processes import alone
 
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
     rank, processes = rank_and_count()
     assert processes == 2
     calls: list[int] = []
@@ -585,23 +578,17 @@ def _evaluate_together(model: nn.Module, causal: nn.Module, accuracy: Any, perpl
         Accuracy(bad, batch_tokens=40)(model)
 
 
-def test_processes_share_the_rows(make_model: Maker, classifier: Maker) -> None:
-    import datasets  # noqa: F401  # once, and not in every process
-    import evaluate  # noqa: F401
-    from accelerate import debug_launcher
+def test_processes_share_the_rows(make_model: Maker, classifier: Maker, launch: Callable[..., None]) -> None:
+    import evaluate  # noqa: F401  # once, and not in every process
 
     model, causal = classifier("bert"), make_model("llama").double()
     expected = Accuracy(labelled(), workers=1)(model), Perplexity(token_rows(), workers=1)(causal)
-    debug_launcher(_evaluate_together, args=(model, causal, *expected), num_processes=2)
+    launch(_evaluate_together, model, causal, *expected)
 
 
 def _evaluate_sharded(model: nn.Module, expected: Any) -> None:
-    from accelerate.state import AcceleratorState, PartialState
     from torch.distributed.fsdp import fully_shard
 
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    torch.set_num_threads(1)
     rank_and_count()
     for layer in model.bert.encoder.layer:
         fully_shard(layer)
@@ -611,10 +598,8 @@ def _evaluate_sharded(model: nn.Module, expected: Any) -> None:
         Accuracy([*labelled(), {"input_ids": [1], "labels": 3}])(model)
 
 
-def test_a_model_that_is_spread_over_the_processes(classifier: Maker) -> None:
+def test_a_model_that_is_spread_over_the_processes(classifier: Maker, launch: Callable[..., None]) -> None:
     import evaluate  # noqa: F401
-    import torch.distributed.fsdp  # noqa: F401
-    from accelerate import debug_launcher
 
     model = classifier("bert")
-    debug_launcher(_evaluate_sharded, args=(model, Accuracy(labelled(), workers=1)(model)), num_processes=2)
+    launch(_evaluate_sharded, model, Accuracy(labelled(), workers=1)(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,6 @@ from hf_rmt.reports.covariances import ActivationCovariances
 PROCESSES = 2
 ROWS = 13
 Maker = Callable[..., Any]
-
-
-def launch(function: Callable[..., None], *args: Any) -> None:
-    """Run a function of this module in two processes; an assertion that fails there fails here."""
-    import datasets  # noqa: F401  # once, and not in every process
-    import torch.distributed.fsdp  # noqa: F401
-    from accelerate import Accelerator, debug_launcher  # noqa: F401
-
-    import hf_rmt.collecting  # noqa: F401
-
-    debug_launcher(_alone, args=(function, args), num_processes=PROCESSES)
-
-
-def _alone(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state()  # what an earlier test has left
-    PartialState._reset_state()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate sets more
-    function(*args)
 
 
 class Rows(Dataset):
@@ -131,7 +109,9 @@ def _token_counts(loader: Any) -> list[int]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_loaders(dtype: torch.dtype, tolerance: float, make_model: Maker, alone: Maker) -> None:
+def test_loaders(
+    dtype: torch.dtype, tolerance: float, make_model: Maker, alone: Maker, launch: Callable[..., None]
+) -> None:
     """A list, a one-shot generator, samplers that repeat rows, and all ways of accelerate to share out."""
     model = make_model("bert").to(dtype)
     # What a pooler reads is one vector a row, so that its count tells whether a row was taken twice.
@@ -211,7 +191,9 @@ def _share_in_one(rank: int) -> None:
     assert found.shared("first") == ["first"]
 
 
-def test_texts_experts_folders_and_failures(make_model: Maker, alone: Maker, tmp_path: Path) -> None:
+def test_texts_experts_folders_and_failures(
+    make_model: Maker, alone: Maker, tmp_path: Path, launch: Callable[..., None]
+) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -255,7 +237,9 @@ def _die_and_go_on(folder: Path, model: nn.Module, expected: ActivationCovarianc
     assert not list(folder.glob("unfinished*"))
 
 
-def test_each_process_goes_on_where_it_stopped(make_model: Maker, alone: Maker, tmp_path: Path) -> None:
+def test_each_process_goes_on_where_it_stopped(
+    make_model: Maker, alone: Maker, tmp_path: Path, launch: Callable[..., None]
+) -> None:
     model = make_model("bert").double()
     launch(_die_and_go_on, tmp_path, model, alone(model, batches_of(Rows())))
 
@@ -312,7 +296,7 @@ def _fail_sharded(model: nn.Module, batches: list[Any], rank: int) -> None:
     assert not any("Collector" in str(hook) for m in model.modules() for hook in m._forward_pre_hooks.values())
 
 
-def test_sharded_models(make_model: Maker, alone: Maker, tmp_path: Path) -> None:
+def test_sharded_models(make_model: Maker, alone: Maker, tmp_path: Path, launch: Callable[..., None]) -> None:
     model = make_model("bert").double()
     expected = alone(model, batches_of(Rows()), outputs=True)
     table = RMTAnalyzer(model).analyze(progress=False, covariances=expected).to_pandas()
@@ -342,7 +326,7 @@ def _talk() -> None:
         raise AssertionError("nothing was raised")
 
 
-def test_processes_talk() -> None:
+def test_processes_talk(launch: Callable[..., None]) -> None:
     launch(_talk)
 
 

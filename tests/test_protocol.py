@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -320,24 +319,6 @@ def test_a_model_that_learned_nothing_is_refused_before_the_rest_is_trained(trai
 # Two processes
 
 
-def launch(function: Callable[..., None], *args: Any) -> None:
-    """Run a function of this module in two processes; an assertion that fails there fails here."""
-    import datasets  # noqa: F401  # once, and not in every process
-    from accelerate import debug_launcher
-
-    debug_launcher(_alone, args=(function, args), num_processes=2)
-
-
-def _alone(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state()  # what an earlier test has left
-    PartialState._reset_state()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate sets more
-    function(*args)
-
-
 def _both_orders_in_step(folder: Path, accuracy: Accuracy) -> None:
     assert rank_and_count()[1] == 2
     trainer_of = Maker(folder)
@@ -355,7 +336,9 @@ def _both_orders_in_step(folder: Path, accuracy: Accuracy) -> None:
         assert not list(place.rglob("partial")) and not list(place.rglob("*.part"))
 
 
-def test_two_processes_train_and_evaluate_together(accuracy: Accuracy, tmp_path: Path) -> None:
+def test_two_processes_train_and_evaluate_together(
+    accuracy: Accuracy, tmp_path: Path, launch: Callable[..., None]
+) -> None:
     launch(_both_orders_in_step, tmp_path, accuracy)
 
 
@@ -373,7 +356,7 @@ def _sweep_by_trainer(folder: Path, expected: pd.DataFrame) -> None:
     pd.testing.assert_series_equal(found["score"], expected["score"], rtol=1e-5)
 
 
-def test_a_trainer_evaluates_in_step(trainer_of: Maker, tmp_path: Path) -> None:
+def test_a_trainer_evaluates_in_step(trainer_of: Maker, tmp_path: Path, launch: Callable[..., None]) -> None:
     trainer = trainer_of(0)
     assert trainer.model is not None
     expected = SVDPruner(trainer.model, progress=False).sweep(trainer, roles="all", **_GRID).to_pandas()

@@ -956,18 +956,10 @@ def _remove_sharded(model: Any, folder: Path) -> None:
     assert_same_bits(weights_of(pruner), before)
 
 
-def _alone(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    function(*args)
-
-
-def test_sharded_models(make_model, tmp_path: Path) -> None:
+def test_sharded_models(make_model, tmp_path: Path, launch: Callable[..., None]) -> None:
     """FSDP2 over two processes, which factor each for itself and share the folder."""
-    from accelerate import debug_launcher
-
     model = make_model("bert")
-    debug_launcher(_alone, args=(_remove_sharded, (model, tmp_path)), num_processes=2)
+    launch(_remove_sharded, model, tmp_path)
     assert not list((tmp_path / "factors").glob("incoming-*"))
 
 

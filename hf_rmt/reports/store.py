@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, Self
 
@@ -244,40 +244,19 @@ class PartialRun:
         """Keep a finished matrix."""
         save_tensors(self.path(index), result.tensors(), {"description": result.description()})
 
+    def has(self, index: int) -> bool:
+        """Whether there is a file of a matrix."""
+        return self.path(index).is_file()
+
     def read(self, index: int) -> Any:
         """A matrix finished earlier, of the run's class; None if it was not or its file is damaged."""
-        if not self.path(index).is_file():
+        if not self.has(index):
             return None
         try:
             tensors, metadata = load_tensors(self.path(index))
             return self.result_class.restore(tensors, metadata["description"])
         except (ValueError, KeyError, TypeError):  # TypeError: of another version, with other fields
             return None
-
-    def completed(
-        self,
-        count: int,
-        check: Callable[[int, Any], None],
-        results: Callable[[list[int], int], Iterable[tuple[int, Any]]],
-    ) -> dict[int, Any]:
-        """The results of all matrices, by their positions.
-
-        Args:
-            count: how many there are.
-            check: raises where a result of an earlier run is not of this matrix.
-            results: gives those of the positions that are left, of which some number is finished; each is
-                kept as it comes.
-        """
-        found: dict[int, Any] = {}
-        for index in range(count):
-            if (earlier := self.read(index)) is not None:
-                check(index, earlier)
-                found[index] = earlier
-        left = [index for index in range(count) if index not in found]
-        for index, result in results(left, len(found)):
-            self.write(index, result)
-            found[index] = result
-        return found
 
     def remove(self) -> None:
         """Delete the partial results, once the whole is saved."""

@@ -15,7 +15,7 @@ from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.digests import digest_of, text_digest
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.reports.store import save_tensors
-from hf_rmt.run import matrices_at_a_time, matrix_by_matrix
+from hf_rmt.sharing import matrices_at_a_time, matrix_by_matrix
 from hf_rmt.theory.covariance import Overlap, overlap
 from hf_rmt.theory.decomposition import SVDFactors, as_float, svd
 from hf_rmt.theory.ks_null import MonteCarloNull

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -622,19 +621,6 @@ def test_weights_that_are_computed_are_refused() -> None:
 # Sharded
 
 
-def _alone(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    function(*args)
-
-
-def _launch(function: Callable[..., None], *args: Any) -> None:
-    """Run a function of this module in two processes; an assertion that fails there fails here."""
-    from accelerate import debug_launcher
-
-    debug_launcher(_alone, args=(function, args), num_processes=2)
-
-
 def _write_sharded(model: Any, blocks: int, dtype: torch.dtype) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -673,6 +659,6 @@ def _write_sharded(model: Any, blocks: int, dtype: torch.dtype) -> None:
     ("family", "blocks", "dtype"),
     [("bert", 1, torch.float32), ("mixtral", 1, torch.float32), ("bert", 0, torch.bfloat16)],
 )
-def test_sharded_models(family: str, blocks: int, dtype: torch.dtype, make_model) -> None:
+def test_sharded_models(family: str, blocks: int, dtype: torch.dtype, make_model, launch: Callable[..., None]) -> None:
     """Some blocks are sharded alone, the rest with the outermost module."""
-    _launch(_write_sharded, make_model(family).to(dtype), blocks, dtype)
+    launch(_write_sharded, make_model(family).to(dtype), blocks, dtype)

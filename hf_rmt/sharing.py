@@ -1,0 +1,210 @@
+"""Work on many matrices: shared out over processes and cores, kept as it finishes, resumed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from hf_rmt.config import AnalysisConfig
+from hf_rmt.models.matrices import WeightMatrix
+from hf_rmt.processes import (
+    assemble,
+    by_the_first,
+    failing_together,
+    gather,
+    rank_and_count,
+    shares,
+    stopping_together,
+)
+from hf_rmt.progress import progress_bar
+from hf_rmt.reports import store
+from hf_rmt.workers import run_longest_first, seconds_estimate, workers_for
+
+Result = TypeVar("Result", bound=store.Storable)
+Made = TypeVar("Made")
+
+
+@dataclass
+class MatrixTasks(Generic[Result]):
+    """The same work on each of many matrices, or pairs of them.
+
+    Over several processes each does its share, the longest first, and all get all results; all must call. Where they
+    hold the weights together (FSDP2, ZeRO-3) they read them in step, and each works on what its turn gives it.
+
+    Attributes:
+        matrices: those of each task; the first gives it its name.
+        work_on: of the positions of the tasks that this process will do, what makes a result of one's matrices.
+        config: where and how many at a time, and whether a bar is shown.
+        what: what is done, in a word.
+    """
+
+    matrices: Sequence[tuple[WeightMatrix, ...]]
+    work_on: Callable[[Sequence[int]], Callable[..., Result]]
+    config: AnalysisConfig
+    what: str = "analyze"
+
+    def results(self) -> list[Result]:
+        """Those of all tasks.
+
+        Raises:
+            RuntimeError: a library failed, on a matrix that the message names; or another process did.
+            Exception: whatever the work raises.
+        """
+        return self._all({}, None)
+
+    def kept(self, partial: store.PartialRun, check: Callable[[int, Result], None]) -> list[Result]:
+        """The same, each kept as it finishes; those of an earlier run are taken, once ``check`` has nothing against
+        them. It reads their weights, as all processes have to where they hold these together."""
+        there = gather([index for index in range(len(self.matrices)) if partial.has(index)])
+        rank = rank_and_count()[0]
+        found: dict[int, Result] = {}
+        with failing_together():
+            for index in sorted(set().union(*there)):
+                # Processes of several machines may each see files of their own.
+                mine = next(process for process, own in enumerate(there) if index in own) == rank
+                earlier = partial.read(index) if mine or self.in_step else None
+                if earlier is not None:
+                    check(index, earlier)
+                    found |= {index: earlier} if mine else {}
+        return self._all(found, partial)
+
+    def check(self, results: Sequence[Result], check: Callable[[int, Result], None]) -> None:
+        """Hold results of an earlier run against the weights, the processes each some of them or all together."""
+        rank, count = rank_and_count()
+        with failing_together():
+            for index in range(len(results)) if self.in_step else range(rank, len(results), count):
+                check(index, results[index])
+
+    @property
+    def in_step(self) -> bool:
+        """Whether several processes read together."""
+        return rank_and_count()[1] > 1 and any(_is_collective(matrix) for own in self.matrices for matrix in own)
+
+    def _all(self, found: dict[int, Result], partial: store.PartialRun | None) -> list[Result]:
+        """What is left to do is done."""
+        assemble(self.what)
+        done = {index for own in gather(list(found)) for index in own}
+        left = [index for index in range(len(self.matrices)) if index not in done]
+        with stopping_together() as check_others:
+            for index, result in self._in_rounds(left) if self.in_step else self._own(left):
+                if partial is not None:
+                    partial.write(index, result)
+                found[index] = result
+                check_others()
+        everything = {index: result for own in gather(found) for index, result in own.items()}
+        return [everything[index] for index in range(len(self.matrices))]
+
+    def _cost(self, index: int) -> float:
+        return sum(seconds_estimate(*matrix.shape) for matrix in self.matrices[index])
+
+    def _own(self, left: list[int]) -> Iterator[tuple[int, Result]]:
+        """The share of this process, each result as it comes."""
+        rank, count = rank_and_count()
+        mine = [left[position] for position in shares([self._cost(index) for index in left], count)[rank]]
+        work = self.work_on(mine)
+        copies = max(map(len, self.matrices), default=1)
+        workers = matrices_at_a_time([one for index in mine for one in self.matrices[index]], self.config, copies)
+        finished = len(self.matrices) - len(left) if count == 1 else 0
+        shown = self.config.progress if rank == 0 else False
+        first = [own[0] for own in self.matrices]
+        return matrix_by_matrix(first, mine, lambda index: work(*self.matrices[index]), workers, shown, finished)
+
+    def _in_rounds(self, left: list[int]) -> Iterator[tuple[int, Result]]:
+        """The same where all processes read each matrix together: one a process, then each works on its own."""
+        rank, count = rank_and_count()
+        order = sorted(left, key=self._cost, reverse=True)
+        work = self.work_on(order[rank::count])
+        with progress_bar(self.config.progress if rank == 0 else False, len(order)) as advance:
+            for start in range(0, len(order), count):
+                taken = order[start : start + count]
+                advance(self.matrices[taken[0]][0].name, 0)
+                results: list[tuple[int, Result]] = []
+                with failing_together():
+                    for turn, index in enumerate(taken):
+                        held = [_held(matrix) for matrix in self.matrices[index]]
+                        if turn == rank:
+                            own, matrices = index, held
+                    if rank < len(taken):
+                        with _naming(matrices[0]):
+                            results = [(own, work(*matrices))]
+                yield from results
+                advance("", len(taken))
+
+
+def _is_collective(matrix: WeightMatrix) -> bool:
+    return bool(getattr(matrix.load, "collective", False))
+
+
+def _held(matrix: WeightMatrix) -> WeightMatrix:
+    """A matrix whose values are in the memory of this process."""
+    stored = matrix.load(matrix.expert)
+    return replace(matrix, load=lambda expert: stored)
+
+
+@contextlib.contextmanager
+def _naming(matrix: WeightMatrix) -> Iterator[None]:
+    """Errors of libraries do not know what they worked on."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise RuntimeError(f"{matrix.name}: {error}") from error
+
+
+@contextlib.contextmanager
+def opened(folder: Path, identity: dict[str, Any], result_class: type[store.Storable]) -> Iterator[store.PartialRun]:
+    """The unfinished run of a folder, for all processes; the first makes and locks it.
+
+    Raises:
+        ValueError, OSError: as ``PartialRun``.
+    """
+    first: list[store.PartialRun] = []
+    by_the_first(lambda: first.append(store.PartialRun(folder, identity, result_class)))
+    partial = first[0] if first else store.PartialRun(folder, identity, result_class, lock=False)
+    try:
+        yield partial
+    finally:
+        partial.close()
+
+
+def matrix_by_matrix(
+    matrices: list[WeightMatrix],
+    indices: Collection[int],
+    work: Callable[[int], Made],
+    workers: int,
+    progress: bool | None,
+    finished: int = 0,
+) -> Iterator[tuple[int, Made]]:
+    """What ``work`` makes of some of the matrices, each as it finishes.
+
+    The bar has ``finished`` more of them behind it.
+
+    Raises:
+        RuntimeError: a library failed, on a matrix that the message names.
+    """
+    with progress_bar(progress, finished + len(indices), finished) as advance:
+
+        def named(index: int) -> Made:
+            advance(matrices[index].name, 0)
+            with _naming(matrices[index]):
+                return work(index)
+
+        cost: Callable[[int], float] = lambda index: seconds_estimate(*matrices[index].shape)  # noqa: E731
+        for index, result in run_longest_first(list(indices), named, cost, workers):
+            advance(matrices[index].name, 1)
+            yield index, result
+
+
+def matrices_at_a_time(matrices: list[WeightMatrix], config: AnalysisConfig, copies: int = 1) -> int:
+    """How many matrices to work on at a time, where each takes the memory of several.
+
+    One, where an accelerator does the work, which one stream keeps busy, and where weights are sharded, which
+    all processes read in one order.
+    """
+    kinds = {config.device.partition(":")[0] if config.device else matrix.device.type for matrix in matrices}
+    # mps has no float64: its matrices are factored on the CPU
+    if kinds - {"cpu", "meta", "mps"} or any(map(_is_collective, matrices)):
+        return 1
+    return config.workers or workers_for([matrix.shape for matrix in matrices], copies)

@@ -1,0 +1,259 @@
+"""Work on matrices that is shared out: all processes get what one alone finds, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from hf_rmt import RMTAnalyzer, processes
+from hf_rmt.processes import gather, rank_and_count, shares, strangers
+from hf_rmt.reports import store
+from hf_rmt.reports.report import AnalysisReport
+from hf_rmt.workers import seconds_estimate
+
+Maker = Callable[..., Any]
+
+
+# Shares
+
+
+def test_shares_are_whole_and_the_longest_comes_first() -> None:
+    costs = [1.0, 9.0, 3.0, 3.0, 7.0, 2.0]
+    assert shares(costs, 1) == [[1, 4, 2, 3, 5, 0]]
+    assert shares(costs, 2) == [[1, 3, 0], [4, 2, 5]]
+    assert shares([2.0], 3) == [[0], [], []] and shares([], 2) == [[], []]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_shares_keep_to_their_bound(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(50):
+        costs = torch.rand(20, generator=generator).pow(4).tolist()
+        found = shares(costs, count)
+        assert sorted(index for own in found for index in own) == list(range(20))
+        longest = max(sum(costs[index] for index in own) for own in found)
+        assert longest <= sum(costs) / count + max(costs)
+        # Whoever got the last piece of the longest share had the least before it.
+        worst = max(found, key=lambda own: sum(costs[index] for index in own))
+        before = sum(costs[index] for index in worst[:-1])
+        assert all(sum(costs[index] for index in own) >= before - 1e-12 for own in found)
+
+
+def llama_70b_costs() -> list[float]:
+    block = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
+    return [seconds_estimate(*shape) for shape in block * 80]
+
+
+@pytest.mark.parametrize("count", [2, 8, 16, 64])
+def test_shares_of_a_large_llama_are_even(count: int) -> None:
+    costs = llama_70b_costs()
+    loads = [sum(costs[index] for index in own) for own in shares(costs, count)]
+    assert max(loads) / (sum(loads) / count) < 1.1
+
+
+# Strangers
+
+
+@pytest.mark.parametrize(
+    ("environment", "meant"),
+    [
+        ({}, ""),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x", "ACCELERATE_MIXED_PRECISION": "no", "SLURM_STEP_NUM_TASKS": "2"}, ""),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch was asked for several"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS is 4"),
+        ({"SLURM_STEP_NUM_TASKS": "1", "PMI_SIZE": ""}, ""),
+    ],
+)
+def test_a_launch_of_strangers_is_seen(environment: dict[str, str], meant: str) -> None:
+    assert strangers(environment).startswith(meant) and bool(strangers(environment)) == bool(meant)
+
+
+def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("PMI_SIZE", "3")
+    processes._warn_of_strangers.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            RMTAnalyzer(nn.Linear(4, 4)).analyze(progress=False)
+    assert [record.message.partition(",")[0] for record in caplog.records] == ["PMI_SIZE is 3"]
+    processes._warn_of_strangers.cache_clear()
+
+
+# Analyses
+
+
+def _analyse(folder: Path, model: nn.Module, expected: AnalysisReport) -> None:
+    rank, _ = rank_and_count()
+    calls = _counting()
+    assert_same(RMTAnalyzer(model).analyze(progress=False), expected)
+    done = gather(calls.copy())
+    assert sorted(done[0] + done[1]) == sorted(expected) and all(done), "each matrix by one process"
+    assert_same(RMTAnalyzer(model).analyze(progress=False, folder=folder / "a"), expected)
+    assert sorted(path.name for path in (folder / "a").iterdir()) == [
+        "arrays.safetensors",
+        "report.json",
+        "table.parquet",
+    ]
+    calls.clear()
+    assert_same(RMTAnalyzer(model).analyze(progress=False, folder=folder / "a"), expected)
+    assert not calls
+    _fail_in_one(folder, model, rank, calls)
+    calls.clear()
+    assert_same(RMTAnalyzer(model).analyze(progress=False, folder=folder / "b"), expected)
+    assert 0 < len([name for own in gather(calls) for name in own]) < len(expected)
+    _compare(folder, model, rank)
+
+
+def _counting() -> list[str]:
+    from hf_rmt import run
+
+    calls: list[str] = []
+    original = run.analyse_matrix
+
+    def counting(matrix: Any, *rest: Any) -> Any:
+        calls.append(matrix.name)
+        return original(matrix, *rest)
+
+    run.analyse_matrix = counting  # this process ends with the test
+    return calls
+
+
+def _fail_in_one(folder: Path, model: nn.Module, rank: int, calls: list[str]) -> None:
+    """The other stops too, and what was finished is kept."""
+    from hf_rmt import run
+
+    counting = run.analyse_matrix
+
+    def failing(matrix: Any, *rest: Any) -> Any:
+        if rank == 1 and len(calls) > 1:
+            raise MemoryError("no more")
+        return counting(matrix, *rest)
+
+    run.analyse_matrix = failing
+    calls.clear()
+    message = "no more" if rank == 1 else "process 1 failed: .*no more"
+    with pytest.raises(RuntimeError, match=message):
+        RMTAnalyzer(model).analyze(progress=False, folder=folder / "b", workers=1)
+    run.analyse_matrix = counting
+    gather(None)
+    kept, begun = len(list((folder / "b" / "partial").glob("*.safetensors"))), sum(map(len, gather(calls)))
+    assert 2 <= kept <= begun <= kept + 1, "what had begun when the other failed"
+    assert not store.is_saved(folder / "b", "report")
+
+
+def _compare(folder: Path, model: nn.Module, rank: int) -> None:
+    other = nn.ModuleList([nn.Linear(9, 7)])
+    first = nn.ModuleList([nn.Linear(9, 7)])
+    with torch.no_grad():
+        for number, net in enumerate((first, other)):
+            net[0].weight.copy_(torch.randn(7, 9, generator=torch.Generator().manual_seed(number)))
+    compared = RMTAnalyzer.compare(first, other, folder=folder / "c", progress=False)
+    again = RMTAnalyzer.compare(first, other, folder=folder / "c", progress=False)
+    pd.testing.assert_frame_equal(compared.to_pandas(), again.to_pandas())
+    if rank == 0:
+        with pytest.raises(ValueError, match=r"weights of 0 after differ|process 1 failed"):
+            RMTAnalyzer.compare(first, first_with(other, 2.0), folder=folder / "c", progress=False)
+    else:
+        with pytest.raises((ValueError, RuntimeError)):
+            RMTAnalyzer.compare(first, first_with(other, 2.0), folder=folder / "c", progress=False)
+
+
+def first_with(model: nn.Module, factor: float) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    return model
+
+
+def assert_same(found: AnalysisReport, expected: AnalysisReport) -> None:
+    pd.testing.assert_frame_equal(found.to_pandas(), expected.to_pandas())
+    for name in expected:
+        for key, tensor in expected[name].tensors().items():
+            torch.testing.assert_close(found[name].tensors()[key], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def alone() -> Any:
+    from hf_rmt.workers import threads
+
+    with threads(1):
+        yield
+
+
+def test_each_analyses_its_share_and_all_have_the_report(
+    make_model: Maker, alone: None, tmp_path: Path, launch: Callable[..., None]
+) -> None:
+    model = make_model("mixtral")
+    launch(_analyse, tmp_path, model, RMTAnalyzer(model).analyze(progress=False, workers=1))
+
+
+def _analyse_sharded(folder: Path, model: nn.Module, expected: AnalysisReport) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo") if not torch.distributed.is_initialized() else None
+    for layer in model.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    rank, _ = rank_and_count()
+    calls = _counting()
+    assert_same(RMTAnalyzer(model).analyze(progress=False), expected)
+    done = gather(calls.copy())
+    assert sorted(done[0] + done[1]) == sorted(expected) and abs(len(done[0]) - len(done[1])) <= 1
+    calls.clear()
+    _fail_in_one(folder, model, rank, calls)
+    assert_same(RMTAnalyzer(model).analyze(progress=False, folder=folder / "b"), expected)
+    calls.clear()
+    assert_same(RMTAnalyzer(model).analyze(progress=False, folder=folder / "b"), expected)
+    assert not calls
+
+
+def test_sharded_weights_are_read_by_all_and_analysed_by_one(
+    make_model: Maker, alone: None, tmp_path: Path, launch: Callable[..., None]
+) -> None:
+    model = make_model("bert")
+    launch(_analyse_sharded, tmp_path, model, RMTAnalyzer(model).analyze(progress=False, workers=1))
+
+
+_ABSENT = """
+import datetime, sys
+import torch
+from torch import nn
+from hf_rmt import RMTAnalyzer, processes
+processes._LATE = datetime.timedelta(seconds=2)
+rank, _ = processes.rank_and_count()
+try:
+    if rank == 0:
+        RMTAnalyzer(nn.Linear(4, 4)).analyze(progress=False)
+except RuntimeError as error:
+    print(str(error)[:120])
+with processes.alone():
+    print(len(RMTAnalyzer(nn.Linear(4, 4)).analyze(progress=False)))
+"""
+
+
+def test_a_process_that_does_not_come_is_missed(tmp_path: Path) -> None:
+    """By torchrun: where some stay away there is an error that says so, and one alone can work."""
+    script = tmp_path / "absent.py"
+    script.write_text(_ABSENT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    lines = done.stdout.splitlines()
+    assert any(
+        line.startswith("all processes of a launch have to analyze together, and 1 did not come") for line in lines
+    ), done.stderr
+    assert lines.count("1") == 2
+
+
+def test_results_are_fit_for_json(tmp_path: Path) -> None:
+    """Of a report over one process nothing in the folder tells of processes."""
+    RMTAnalyzer(nn.Linear(6, 4)).analyze(folder=tmp_path, progress=False)
+    assert "processes" not in json.loads((tmp_path / "report.json").read_text())["settings"]
