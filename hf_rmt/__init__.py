@@ -17,6 +17,7 @@ _PUBLIC = {
     "Bottom": "hf_rmt.theory.selection",
     "Branch": "hf_rmt.models.residual_stream",
     "Bulk": "hf_rmt.theory.selection",
+    "CheckpointPruner": "hf_rmt.checkpoint_pruner",
     "CollectConfig": "hf_rmt.config",
     "Decile": "hf_rmt.theory.selection",
     "Energy": "hf_rmt.slicing.keep",
@@ -63,6 +64,7 @@ __all__ = [
     "Bottom",
     "Branch",
     "Bulk",
+    "CheckpointPruner",
     "CollectConfig",
     "Decile",
     "Energy",
@@ -106,6 +108,7 @@ __all__ = [
 if TYPE_CHECKING:
     from hf_rmt.analyzer import RMTAnalyzer
     from hf_rmt.callbacks import RMTCallback
+    from hf_rmt.checkpoint_pruner import CheckpointPruner
     from hf_rmt.config import AnalysisConfig, CollectConfig, SliceConfig, SweepConfig
     from hf_rmt.models.families import register_family
     from hf_rmt.models.residual_stream import Branch, Family, stream_of

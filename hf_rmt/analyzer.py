@@ -18,6 +18,8 @@ from hf_rmt.run import AnalysisRun
 if TYPE_CHECKING:
     from torch import nn
 
+    from hf_rmt.models.checkpoints import Checkpoint
+
 
 class RMTAnalyzer:
     """Holds the weight matrices of a model against random matrix theory.
@@ -48,6 +50,7 @@ class RMTAnalyzer:
         if not hasattr(model, "named_modules"):
             raise TypeError(f"RMTAnalyzer takes a model, not {model!r}; for a folder or Hub id use from_checkpoint")
         self.model: nn.Module | None = model
+        self.checkpoint: Checkpoint | None = None
         config = getattr(unwrap(model), "config", None)
         self._open(
             matrices_of(model, adapters),
@@ -82,7 +85,7 @@ class RMTAnalyzer:
         folder, commit = locate(source, revision)
         analyzer = cls.__new__(cls)
         analyzer.model = None
-        checkpoint = Checkpoint(folder)
+        analyzer.checkpoint = checkpoint = Checkpoint(folder)
         wanted = {"embedding": embeddings, "head": head, "convolution": convolutions}
         analyzer._open(checkpoint.matrices(), str(source), commit, wanted)
         analyzer._others = checkpoint.left_out

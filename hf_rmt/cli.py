@@ -17,6 +17,7 @@ from hf_rmt import __version__
 
 if TYPE_CHECKING:
     from hf_rmt.analyzer import RMTAnalyzer
+    from hf_rmt.checkpoint_pruner import CheckpointPruner
     from hf_rmt.pruner import SVDPruner
     from hf_rmt.reports.comparison import ModelComparison
     from hf_rmt.reports.covariances import ActivationCovariances
@@ -73,6 +74,8 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda command: functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
+_max_memory = click.option("--max-memory", help="What the process may have while it factors on the CPU, as 8GB.")
+
 #: What every command that analyses takes.
 _analysis_options = _options(
     click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help=_OUT_HELP),
@@ -85,6 +88,7 @@ _analysis_options = _options(
     click.option("--rate", default=0.01, show_default=True, help="False-positive rate of the Tracy-Widom thresholds."),
     click.option("--device", help="Where to factor matrices, as in cuda:0."),
     click.option("--workers", type=int, help="Matrices at a time on the CPU."),
+    _max_memory,
     click.option("--strict", is_flag=True, help="Stop at a matrix with NaN or Inf entries."),
     click.option("--plots/--no-plots", default=True, help="Draw the paper's figures into the folder."),
 )
@@ -202,6 +206,7 @@ def compare(before: str, after: str, out: Path, plots: bool, **options: Any) -> 
 @click.option("--revision", help="Branch, tag or commit of MODEL on the Hub.")
 @click.option("--device", help="Where to factor matrices, as in cuda:0.")
 @click.option("--workers", type=int, help="Matrices at a time on the CPU.")
+@_max_memory
 @_text_options
 @click.pass_context
 def prune(context: click.Context, model: str, out: Path, **options: Any) -> None:
@@ -211,24 +216,23 @@ def prune(context: click.Context, model: str, out: Path, **options: Any) -> None
     """
     from rich.console import Console
 
-    from hf_rmt.hub import refuse_another
-    from hf_rmt.model_card import PruningRecord
     from hf_rmt.tables import pruning_table
 
     if options["text"] is None:
         _refuse_options_of_texts(context)
     _refuse_private_alone(context, options)
     what = _selected(options["removals"], options["keep"])
-    pruner = _pruner(model, options)
-    record = PruningRecord.of(pruner)
-    refuse_another(out, record.original.base, record.same_original, options["overwrite"])  # before hours of work
+    pruner: Any = _checkpoint_pruner(model, options) if options["text"] is None else _pruner(model, out, options)
     pruner.remove(**what, roles=options["roles"] or None, blocks=options["blocks"])
     pruner.save_pretrained(out, overwrite=options["overwrite"])
-    Console().print(pruning_table(pruner.affected()))
-    click.echo(f"pruned model: {out}")
+    shows = not _is_one_of_the_others()
+    if shows:
+        Console().print(pruning_table(pruner.affected()))
+        click.echo(f"pruned model: {out}")
     if options["repository"]:
         commit = pruner.push_to_hub(options["repository"], private=options["private"] or None)
-        click.echo(f"on the Hub: {commit.commit_url}")
+        if shows:
+            click.echo(f"on the Hub: {commit.commit_url}")
 
 
 def _refuse_private_alone(context: click.Context, options: dict[str, Any]) -> None:
@@ -247,19 +251,28 @@ def _selected(removals: tuple[str, ...], keep: str | None) -> dict[str, Selectio
     return {"selection": functools.reduce(operator.or_, map(parse_selection, removals))}
 
 
-def _pruner(model: str, options: dict[str, Any]) -> SVDPruner:
-    """A pruner of a checkpoint, with the covariances of its activations over texts if any are given."""
+def _checkpoint_pruner(model: str, options: dict[str, Any]) -> CheckpointPruner:
+    """A pruner from folder to folder."""
+    from hf_rmt import CheckpointPruner
+
+    how = {key: options[key] for key in ("revision", "device", "workers", "max_memory")}
+    return CheckpointPruner(model, **how)
+
+
+def _pruner(model: str, out: Path, options: dict[str, Any]) -> SVDPruner:
+    """A pruner of the model of a checkpoint, with the covariances of its activations over texts."""
+    from hf_rmt import RMTAnalyzer, SVDPruner
+    from hf_rmt.hub import refuse_another
+    from hf_rmt.model_card import PruningRecord
     from hf_rmt.models.loading import load_model
-    from hf_rmt.pruner import SVDPruner
 
     loaded = load_model(model, options["revision"])
-    covariances = None
-    if options["text"] is not None:
-        from hf_rmt import RMTAnalyzer
-
-        text = {key: options[key] for key in ("text", *_OF_TEXTS)}
-        covariances = _collect(RMTAnalyzer(loaded), None, {"roles": None, "blocks": None}, text)
-    return SVDPruner(loaded, covariances=covariances, device=options["device"], workers=options["workers"])
+    record = PruningRecord.of(SVDPruner(loaded))
+    refuse_another(out, record.original.base, record.same_original, options["overwrite"])  # before hours of work
+    text = {key: options[key] for key in ("text", *_OF_TEXTS)}
+    covariances = _collect(RMTAnalyzer(loaded), None, {"roles": None, "blocks": None}, text)
+    how = {key: options[key] for key in ("device", "workers", "max_memory")}
+    return SVDPruner(loaded, covariances=covariances, **how)
 
 
 @cli.command()

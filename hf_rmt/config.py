@@ -15,7 +15,7 @@ Config = TypeVar("Config", "AnalysisConfig", "CollectConfig", "SweepConfig", "Sl
 Form = Literal["plain", "registered"]
 Sides = Literal["both", "right", "left", "none"]
 #: Settings that say how the work is done and not what comes out.
-_EXECUTION = ("device", "workers", "progress", "strict")
+_EXECUTION = ("device", "workers", "max_memory", "progress", "strict")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class AnalysisConfig:
         seed: of the control and the Monte Carlo draws.
         device: where matrices are factored; None for where they are.
         workers: matrices factored at a time on the CPU; None for as many as there are cores and memory.
+        max_memory: bytes, or as ``"8GB"``, that the process may have in all while it factors on the CPU: so many
+            fewer at a time. None leaves half of what is free.
         progress: show a progress bar; None shows one on a terminal.
         strict: raise on a matrix with NaN or Inf entries, instead of giving it an empty row.
     """
@@ -46,6 +48,7 @@ class AnalysisConfig:
     seed: int = 0
     device: str | None = None
     workers: int | None = None
+    max_memory: int | str | None = None
     progress: bool | None = None
     strict: bool = False
 
@@ -65,6 +68,8 @@ class AnalysisConfig:
             object.__setattr__(self, "device", _usable_device(self.device))
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers is {self.workers!r}: give at least 1, or None")
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", _bytes(self.max_memory))
 
     @classmethod
     def of(cls, config: AnalysisConfig | None, options: dict[str, Any]) -> AnalysisConfig:
@@ -238,6 +243,19 @@ def _with_options(cls: type[Config], config: Config | None, options: dict[str, A
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"there is no option {', '.join(unknown)}; there are {', '.join(known)}")
     return cls(**{**(vars(config) if config else {}), **options})
+
+
+def _bytes(size: int | str) -> int:
+    """A size as a number of bytes."""
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        number = int(convert_file_size_to_int(size))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"max_memory is {size!r}: give a number of bytes, or a size as '8GB' or '8GiB'") from error
+    if number <= 0:
+        raise ValueError(f"max_memory is {size!r}: give a size above 0")
+    return number
 
 
 def _usable_device(device: object) -> str:

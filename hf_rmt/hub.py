@@ -104,10 +104,18 @@ def write(
     """
     place = Path(folder).absolute()
     by_the_first(lambda: refuse_another(place, record.original.base, record.same_original, overwrite))
-    weights = _gathered(model)
-    files = _Files(model, record, weights, tokenizer, place.name)
-    by_the_first(lambda: _into(place, files.write))
-    return place
+    return put(Source.of_model(model), record, place, tokenizer)
+
+
+def put(source: Source, record: ModelRecord, folder: Path, tokenizer: Any = None) -> Path:
+    """The same of what is no model in memory, to a folder in which nothing has to be refused.
+
+    Raises:
+        TypeError, OSError: as ``write``.
+    """
+    files = _Files(source, record, tokenizer, folder.name)
+    by_the_first(lambda: _into(folder, files.write))
+    return folder
 
 
 def upload(model: PreTrainedModel, record: ModelRecord, repo_id: str, *, tokenizer: Any, how: Push) -> CommitInfo:
@@ -119,7 +127,17 @@ def upload(model: PreTrainedModel, record: ModelRecord, repo_id: str, *, tokeniz
         ValueError, TypeError: no name of a repository, one that is to be private and is public, no tokenizer.
     """
     repo = by_the_first(lambda: _full_name(repo_id, how))
-    files = _Files(model, record, _gathered(model), tokenizer, repo)
+    return send(Source.of_model(model), record, repo, tokenizer=tokenizer, how=how)
+
+
+def send(source: Source, record: ModelRecord, repo_id: str, *, tokenizer: Any = None, how: Push) -> CommitInfo:
+    """The same of what is no model in memory.
+
+    Raises:
+        PermissionError, OSError, ValueError, TypeError: as ``upload``.
+    """
+    repo = by_the_first(lambda: _full_name(repo_id, how))
+    files = _Files(source, record, tokenizer, repo)
 
     def build_and_upload() -> CommitInfo:
         with tempfile.TemporaryDirectory(prefix="hf_rmt-") as place:
@@ -172,28 +190,51 @@ def _gathered(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What there is of a model to be put somewhere.
+
+    Attributes:
+        write: puts its configuration and weights into a folder.
+        origin: of itself, which may be made from the original by earlier steps.
+        tokenizer: gives the one that it came with; raises a ValueError where there is none.
+        tags: that it has already.
+    """
+
+    write: Callable[[Path], object]
+    origin: Original
+    tokenizer: Callable[[], Any]
+    tags: list[str] | None = None
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> Source:
+        """That of one in memory, its weights gathered; over several processes all must call."""
+        from hf_rmt.models.text import tokenizer_of
+
+        write = functools.partial(model.save_pretrained, state_dict=_gathered(model))
+        return cls(write, Original.of_model(model), lambda: tokenizer_of(model), model.model_tags)
+
+
+@dataclass(frozen=True)
 class _Files:
     """The files of a model that was made from another.
 
     Attributes:
-        model: as it is now.
+        source: as it is now.
         record: of what was made.
-        weights: gathered already, or None for those of the model.
         tokenizer: or processor, or None for what the model came with.
         name: folder or repository that they go to.
     """
 
-    model: PreTrainedModel
+    source: Source
     record: ModelRecord
-    weights: dict[str, Any] | None
     tokenizer: Any
     name: str
 
     def write(self, folder: Path) -> None:
         """Write all of them."""
-        self.model.save_pretrained(folder, state_dict=self.weights)
+        self.source.write(folder)
         auto, note = self._write_processor(folder)
-        card_of(self.record, self.name, self.model.model_tags, note, auto).save(folder / "README.md")
+        card_of(self.record, self.name, self.source.tags, note, auto).save(folder / "README.md")
         for table, rows in self.record.tables().items():
             rows.to_csv(folder / table, index=False)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -209,7 +250,7 @@ class _Files:
                 )
             self.tokenizer.save_pretrained(folder)
             return _loader_of(folder), ""
-        own = Original.of_model(self.model)  # may be an earlier slice
+        own = self.source.origin
         for name in _PROCESSOR:
             if (path := own.local_file(name) or self.record.original.local_file(name)) is not None:
                 shutil.copyfile(path, folder / name)
@@ -230,7 +271,7 @@ class _Files:
         from hf_rmt.models.text import tokenizer_of
 
         try:
-            return tokenizer_of(self.model)
+            return self.source.tokenizer()
         except ValueError:
             if self.record.original.hub_id is None:
                 raise

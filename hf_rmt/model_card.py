@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_rmt import __version__
+from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.digests import digest_of
 from hf_rmt.models.live import unwrap
+from hf_rmt.models.matrices import Kind
 from hf_rmt.models.origins import Original
 from hf_rmt.reports.sweep import NONE, SweepTable
 from hf_rmt.surgery.editor import Edit, Editor
@@ -158,16 +160,41 @@ class PruningRecord(ModelRecord):
         """
         editor, table = pruner.editor, pruner.affected()
         indices = [editor.index[name] for name in table["name"]]
-        model: Any = unwrap(pruner.model)
+        kinds = {editor.matrices[index].kind for index in indices}
+        scores = _of_sweep(metrics, pruner) if isinstance(metrics, SweepTable) else read_scores(metrics)
+        table = table.assign(weights=[editor.store[index].digest for index in indices])
+        how = kinds, editor.store.config
+        made = cls.made(unwrap(pruner.model), pruner.origin, pruner.edits, table, how, scores)
+        return replace(made, trained_since=_trained_since(editor))
+
+    @classmethod
+    def made(
+        cls,
+        model: Any,
+        origin: Mapping[str, Any],
+        edits: tuple[Edit, ...],
+        matrices: pd.DataFrame,
+        how: tuple[set[Kind], AnalysisConfig],
+        scores: Mapping[str, Any],
+    ) -> PruningRecord:
+        """The record of removals from weights that were not trained since.
+
+        Args:
+            model: whose they are, perhaps without values.
+            origin: of a pruner.
+            edits, matrices: see the class.
+            how: kinds of the matrices, and the settings.
+            scores: from ``read_scores``.
+        """
         return cls(
-            original=Original.of(pruner.origin["model"], pruner.origin["revision"]),
+            original=Original.of(origin["model"], origin["revision"]),
             architecture=architecture_of(model),
-            edits=pruner.edits,
-            options=_options(editor, indices),
-            matrices=table.assign(weights=[editor.store[index].digest for index in indices]),
+            edits=edits,
+            options=_options(edits, *how),
+            matrices=matrices,
             parameters=model.num_parameters(),
-            trained_since=_trained_since(editor),
-            **(_of_sweep(metrics, pruner) if isinstance(metrics, SweepTable) else read_scores(metrics)),
+            trained_since=False,
+            **scores,
         )
 
     @property
@@ -248,13 +275,12 @@ def by_role(affected: pd.DataFrame) -> pd.DataFrame:
     return shown.reset_index()
 
 
-def _options(editor: Editor, indices: list[int]) -> tuple[str, ...]:
-    kinds, config = {editor.matrices[index].kind for index in indices}, editor.store.config
+def _options(edits: tuple[Edit, ...], kinds: set[Kind], config: AnalysisConfig) -> tuple[str, ...]:
     options = {
         "embeddings=True": "embedding" in kinds,
         "head=True": "head" in kinds,
         "convolutions=True": "convolution" in kinds,
-        "covariances=covariances": any("overlapping" in str(edit.selection) for edit in editor.edits),
+        "covariances=covariances": any("overlapping" in str(edit.selection) for edit in edits),
         f"null_draws={config.null_draws}, seed={config.seed}": config.null_draws is not None,
     }
     return tuple(option for option, needed in options.items() if needed)

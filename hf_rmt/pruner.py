@@ -117,8 +117,8 @@ class SVDPruner:
                 pruner's back; it holds NaN; it has fewer components than asked for. The model is then unchanged.
             TypeError: not exactly one selection.
         """
-        chosen = _one_of(selection, keep)
-        names, numbers = _roles(roles), _blocks(blocks)
+        chosen = one_of(selection, keep)
+        names, numbers = chosen_roles(roles), chosen_blocks(blocks)
         indices = [self.editor.index[matrix.name] for matrix in select(self.matrices, names, numbers)]
         return self.editor.add(chosen, indices, names, numbers)
 
@@ -358,7 +358,7 @@ class SVDPruner:
             raise ValueError("projections of the residual stream are no weights: restore() the model, or slice() it")
 
 
-def _one_of(selection: Selection | None, keep: Selection | None) -> Selection:
+def one_of(selection: Selection | None, keep: Selection | None) -> Selection:
     """What is to be removed."""
     if (selection is None) == (keep is None):
         raise TypeError("give one of a selection to remove and keep=, a selection to keep")
@@ -368,13 +368,14 @@ def _one_of(selection: Selection | None, keep: Selection | None) -> Selection:
     return ~chosen if selection is None else chosen
 
 
-def _roles(roles: str | Collection[str] | None) -> tuple[str, ...] | None:
+def chosen_roles(roles: str | Collection[str] | None) -> tuple[str, ...] | None:
     """Roles as they are asked for, None for all."""
     names = () if roles is None else (roles,) if isinstance(roles, str) else tuple(roles)
     return None if roles is None or "all" in names else names
 
 
-def _blocks(blocks: int | Collection[int] | None) -> tuple[int, ...] | None:
+def chosen_blocks(blocks: int | Collection[int] | None) -> tuple[int, ...] | None:
+    """Blocks as numbers, None for all."""
     if blocks is None:
         return None
     if isinstance(blocks, str):

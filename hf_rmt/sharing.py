@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from hf_rmt.processes import (
 )
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
-from hf_rmt.workers import run_longest_first, seconds_estimate, workers_for
+from hf_rmt.workers import resident_memory, run_longest_first, seconds_estimate, workers_for, working_bytes
 
 Result = TypeVar("Result", bound=store.Storable)
 Made = TypeVar("Made")
@@ -202,9 +203,30 @@ def matrices_at_a_time(matrices: list[WeightMatrix], config: AnalysisConfig, cop
 
     One, where an accelerator does the work, which one stream keeps busy, and where weights are sharded, which
     all processes read in one order.
+
+    Raises:
+        ValueError: one alone takes more than ``config.max_memory`` leaves.
     """
     kinds = {config.device.partition(":")[0] if config.device else matrix.device.type for matrix in matrices}
     # mps has no float64: its matrices are factored on the CPU
     if kinds - {"cpu", "meta", "mps"} or any(map(_is_collective, matrices)):
         return 1
-    return config.workers or workers_for([matrix.shape for matrix in matrices], copies)
+    if config.max_memory is None or not matrices:
+        return config.workers or workers_for([matrix.shape for matrix in matrices], copies)
+    left = _left_of(config.max_memory, matrices, copies)  # type: ignore[arg-type]  # a number by now
+    fitting = workers_for([matrix.shape for matrix in matrices], copies, left)
+    return min(config.workers or fitting, fitting)
+
+
+def _left_of(memory: int, matrices: list[WeightMatrix], copies: int) -> int:
+    """What a budget has for factoring."""
+    left = memory - resident_memory()
+    largest = max(matrices, key=lambda matrix: working_bytes(*matrix.shape))
+    needed = copies * working_bytes(*largest.shape)
+    if needed > left:
+        least = math.ceil((needed + memory - left) / 1e8) / 10
+        raise ValueError(
+            f"{largest.name} of shape {largest.shape} takes up to {needed / 1e9:.1f} GB to factor, and of max_memory "
+            f"{max(left, 0) / 1e9:.1f} GB are left: give {least} GB, or leave it out by its role or block"
+        )
+    return left

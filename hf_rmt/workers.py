@@ -48,14 +48,24 @@ def _cgroup(name: str) -> list[int | None]:
     return [int(word) if word.isdigit() else None for word in words]
 
 
-def workers_for(shapes: Sequence[tuple[int, int]], copies: int = 1) -> int:
-    """How many matrices to factor at a time: one a core, if half of the free memory holds them all.
+def workers_for(shapes: Sequence[tuple[int, int]], copies: int = 1, memory: float | None = None) -> int:
+    """How many matrices to factor at a time: one a core, if the memory holds them all.
 
-    ``copies``: how many matrices of such a shape each of them takes the memory of.
+    Args:
+        shapes: theirs.
+        copies: how many matrices of such a shape each of them takes the memory of.
+        memory: bytes; None for half of the free ones.
     """
     largest = max((copies * working_bytes(*shape) for shape in shapes), default=1)
-    fits = int(free_memory() / local_count() / 2 // largest)
+    fits = int((free_memory() / local_count() / 2 if memory is None else memory) // largest)
     return max(1, min(cores(), len(shapes), fits))
+
+
+def resident_memory() -> int:
+    """Bytes that this process has now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def working_bytes(rows: int, cols: int) -> int:

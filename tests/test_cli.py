@@ -359,7 +359,7 @@ def test_errors_of_prune(options: str, message: str, checkpoint: Path, tmp_path)
 def test_prune_does_not_overwrite_another_model_unasked(checkpoint: Path, monkeypatch) -> None:
     arguments = ["prune", str(checkpoint), "--remove", "decile:10", "--out", str(checkpoint), "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("hf_rmt.pruner.SVDPruner.remove", lambda *_, **__: pytest.fail("it is refused before that"))
+        patch.setattr("hf_rmt.checkpoint_pruner.factored", lambda *_, **__: pytest.fail("it is refused before that"))
         result = CliRunner().invoke(cli, arguments)
     assert isinstance(result.exception, ValueError) and "overwrite=True" in str(result.exception)
     assert not (checkpoint / "hf_rmt.json").exists()

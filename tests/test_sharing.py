@@ -257,3 +257,25 @@ def test_results_are_fit_for_json(tmp_path: Path) -> None:
     """Of a report over one process nothing in the folder tells of processes."""
     RMTAnalyzer(nn.Linear(6, 4)).analyze(folder=tmp_path, progress=False)
     assert "processes" not in json.loads((tmp_path / "report.json").read_text())["settings"]
+
+
+# A budget
+
+
+def test_a_matrix_that_no_budget_holds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_rmt import sharing
+
+    monkeypatch.setattr(sharing, "resident_memory", lambda: 300_000_000)
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(1000, 2000)])
+    message = r"1 of shape \(2000, 1000\) takes up to 0.1 GB to factor, and of max_memory 0.0 GB are left: give 0.5 GB"
+    with pytest.raises(ValueError, match=message):
+        RMTAnalyzer(model).analyze(max_memory="310MB", progress=False)
+    report = RMTAnalyzer(model).analyze(max_memory="0.5GB", progress=False)
+    pd.testing.assert_frame_equal(report.to_pandas(), RMTAnalyzer(model).analyze(progress=False).to_pandas())
+    assert "max_memory" not in report.settings
+
+
+@pytest.mark.parametrize("size", ["much", "-1GB", 0, "8 gigs"])
+def test_budgets_are_sizes(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"max_memory is .*: give a"):
+        RMTAnalyzer(nn.Linear(4, 4)).analyze(max_memory=size)

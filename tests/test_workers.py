@@ -138,3 +138,21 @@ def test_costs_do_not_depend_on_orientation_and_grow_with_the_shape() -> None:
         assert cost(300, 700) == cost(700, 300)
         assert cost(100, 100) < cost(100, 200) < cost(200, 200) < cost(200, 300)
     assert workers.cores() >= 1
+
+
+# A budget
+
+
+def test_a_budget_means_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "cores", lambda: 8)
+    one = working_bytes(512, 512)
+    assert [workers_for([(512, 512)] * 9, memory=share * one) for share in (0.5, 1, 2.9, 100)] == [1, 1, 2, 8]
+    assert workers_for([(512, 512)] * 9, 2, memory=4 * one) == 2
+
+
+def test_resident_memory_is_the_systems() -> None:
+    held = torch.ones(25_000_000)
+    before = workers.resident_memory()
+    assert abs(before - psutil.Process().memory_info().rss) < 20_000_000
+    del held
+    assert workers.resident_memory() < before - 50_000_000

@@ -8,8 +8,11 @@ conversions says which tensors on disk make up which parameter.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch
 from torch import nn
 
 from hf_rmt.models.discovery import Discovery, LeftOut
-from hf_rmt.models.matrices import Load, WeightMatrix
+from hf_rmt.models.matrices import Change, Load, WeightMatrix
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -88,10 +91,40 @@ class SafetensorsFolder:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
 
-    def read(self, tensor: str) -> torch.Tensor:
-        """One tensor, from a file opened and closed again, so that its pages can leave memory."""
+    def read(self, tensor: str, index: int | None = None) -> torch.Tensor:
+        """One tensor, or the part of it with one index of its first axis, which stays.
+
+        The file is opened and closed again, so that its pages can leave memory.
+        """
         with self._open(self.files[tensor]) as file:
-            return file.get_tensor(tensor)
+            return file.get_tensor(tensor) if index is None else file.get_slice(tensor)[index : index + 1]
+
+    def write(self, tensor: str, values: torch.Tensor, index: int | None = None) -> None:
+        """Put other values in the place of what ``read`` gives; not a byte of the file moves.
+
+        They are on disk when this returns.
+
+        Raises:
+            CheckpointError: they have not the dtype and shape of what is there.
+        """
+        path = self.folder / self.files[tensor]
+        data: Any = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            described = json.loads(file.read(length))[tensor]
+            shape, (start, end) = described["shape"], described["data_offsets"]
+            if index is not None:
+                each = (end - start) // shape[0]
+                shape, start, end = [1, *shape[1:]], start + index * each, start + (index + 1) * each
+            if shape != list(values.shape) or end - start != data.nbytes:
+                raise CheckpointError(
+                    f"{path}: {tensor} is {described['dtype']} of shape {shape}, and cannot take "
+                    f"{values.dtype} of {list(values.shape)}"
+                )
+            file.seek(8 + length + start)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -114,10 +147,16 @@ class _Source:
 
 
 class Checkpoint:
-    """A checkpoint folder: its configuration, its tensors, and how they map to parameters."""
+    """A checkpoint folder: its configuration, its tensors, and how they map to parameters.
 
-    def __init__(self, folder: str | Path):
+    Args:
+        folder: where it is.
+        writable: its matrices can be written; for a copy that nobody uses yet.
+    """
+
+    def __init__(self, folder: str | Path, *, writable: bool = False):
         self.folder = Path(folder)
+        self.writable = writable
         self.tensors = SafetensorsFolder(self.folder)
         self.skeleton = _skeleton(self.folder)
         self.sources = self._sources()
@@ -144,7 +183,8 @@ class Checkpoint:
         return Discovery(self.skeleton, self._loader, computed=False).left_out()
 
     def _loader(self, module: nn.Module, name: str, full: str) -> Load:
-        return CheckpointParameter(self, full, tuple(getattr(module, name).shape))
+        kind = WritableParameter if self.writable else CheckpointParameter
+        return kind(self, full, tuple(getattr(module, name).shape))
 
     def _sources(self) -> dict[str, _Source]:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -167,6 +207,18 @@ class Checkpoint:
             for other in _further_targets(target, converter):
                 sources[other] = source
         return self._with_tied(sources)
+
+    def file_names(self) -> list[str]:
+        """Files without which it is no checkpoint: the configuration, the index if there is one, the weights."""
+        index = [] if (self.folder / _SINGLE).is_file() else [_INDEX]
+        return ["config.json", *index, *sorted(set(self.tensors.files.values()))]
+
+    def keys_of(self, full: str) -> list[str]:
+        """Names under which the tensor of a parameter is on disk: that of one that is tied to it may be too."""
+        tied = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
+        names = {full, *(one for pair in tied.items() if full in pair for one in pair)}
+        sources = {id(self.sources[name]): self.sources[name] for name in names if name in self.sources}
+        return [source.tensors[""][0] for source in sources.values() if source.converter is None]
 
     def _with_tied(self, sources: dict[str, _Source]) -> dict[str, _Source]:
         """A tied parameter is on disk once, under either of its names."""
@@ -196,27 +248,50 @@ class CheckpointParameter:
 
     def __call__(self, expert: int | None = None) -> torch.Tensor:
         """The parameter, or one expert of a stacked one."""
+        return self._one(self._made_of(self._tensors(expert), self._read(expert)), expert)
+
+    def alone(self, expert: int | None) -> bool:
+        """Whether one expert is read and written without the others."""
+        source = self.checkpoint.sources[self.full]
+        return expert is not None and (source.converter is None or _expert_by_expert(source, self.shape[0]))
+
+    def _one(self, weight: torch.Tensor, expert: int | None) -> torch.Tensor:
+        """An expert of what was read for it."""
+        if expert is None:
+            return weight
+        return weight[0 if self.alone(expert) else expert]
+
+    def _read(self, expert: int | None) -> Callable[[str], torch.Tensor]:
+        index = expert if self.checkpoint.sources[self.full].converter is None else None
+        return partial(self.checkpoint.tensors.read, index=index)
+
+    def _tensors(self, expert: int | None) -> dict[str, list[str]]:
+        """What is to be read, by pattern."""
         source = self.checkpoint.sources[self.full]
         if source.converter is None:
-            weight = self._checked(self.checkpoint.tensors.read(source.tensors[""][0]), self.shape)
-        elif expert is not None and _expert_by_expert(source, self.shape[0]):
-            one = {pattern: [keys[expert]] for pattern, keys in source.tensors.items()}
-            return self._checked(self._converted(source.converter, one), (1, *self.shape[1:]))[0]
-        else:
-            weight = self._checked(self._converted(source.converter, source.tensors), self.shape)
-        return weight if expert is None else weight[expert]
+            return {"": source.tensors[""][:1]}
+        if self.alone(expert):
+            assert expert is not None
+            return {pattern: [keys[expert]] for pattern, keys in source.tensors.items()}
+        return source.tensors
 
-    def _checked(self, weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        if tuple(weight.shape) != shape:
+    def _made_of(self, tensors: dict[str, list[str]], read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The parameter, or one expert with the axis that counts them, of what is read."""
+        converter = self.checkpoint.sources[self.full].converter
+        first = next(iter(tensors.values()))
+        weight = read(first[0]) if converter is None else self._converted(converter, tensors, read)
+        found = tuple(weight.shape)
+        if found != self.shape and found != (1, *self.shape[1:]):
             raise CheckpointError(
-                f"{self.full} has shape {tuple(weight.shape)} on disk and {shape} by config.json: "
+                f"{self.full} has shape {found} on disk and {self.shape} by config.json: "
                 f"{self.checkpoint.folder} mixes files of two models"
             )
         return weight
 
-    def _converted(self, converter: Any, tensors: dict[str, list[str]]) -> torch.Tensor:
+    def _converted(
+        self, converter: Any, tensors: dict[str, list[str]], read: Callable[[str], torch.Tensor]
+    ) -> torch.Tensor:
         """Runs transformers' conversion of these tensors alone."""
-        read = self.checkpoint.tensors.read
         collected: dict[str, Any] = {pattern: [read(key) for key in keys] for pattern, keys in tensors.items()}
         skeleton = self.checkpoint.skeleton
         for operation in converter.operations:
@@ -232,6 +307,56 @@ class CheckpointParameter:
         matching = [value for pattern, value in collected.items() if pattern.replace("*.", "") in self.full]
         result = matching[0] if matching else next(iter(collected.values()))
         return result[0] if isinstance(result, list) else result
+
+
+class WritableParameter(CheckpointParameter):
+    """The same where it can be changed."""
+
+    def check_writable(self) -> None:
+        """It can."""
+
+    def update(self, change: Change, expert: int | None = None) -> None:
+        """See ``matrices.Store``.
+
+        Raises:
+            CheckpointError: the conversion to the parameter is more than a change of places.
+        """
+        tensors, read = self._tensors(expert), self._read(expert)
+        values = {key: read(key) for keys in tensors.values() for key in keys}
+        weight = self._made_of(tensors, values.__getitem__).clone()
+        change(self._one(weight, expert))
+        if self.checkpoint.sources[self.full].converter is None:
+            for key in self.checkpoint.keys_of(self.full):
+                self.checkpoint.tensors.write(key, weight, expert)
+        else:
+            for key, part in self._taken_apart(tensors, values, weight).items():
+                self.checkpoint.tensors.write(key, part)
+
+    def _taken_apart(
+        self, tensors: dict[str, list[str]], values: dict[str, torch.Tensor], weight: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What was made of some tensors as these tensors again.
+
+        The numbers of all their entries go the same way, and tell where each entry has come from.
+        """
+        sizes = [value.numel() for value in values.values()]
+        numbers = torch.arange(sum(sizes), dtype=torch.int32 if sum(sizes) < 2**31 else torch.int64)
+        numbered = {
+            key: part.view(value.shape) for (key, value), part in zip(values.items(), numbers.split(sizes), strict=True)
+        }
+        came_from = self._made_of(tensors, numbered.__getitem__).flatten()
+        whole = torch.cat([value.flatten() for value in values.values()])
+        known = torch.zeros(len(whole), dtype=torch.bool)
+        known[came_from] = True
+        if whole.dtype != weight.dtype or int(known.sum()) != len(came_from):
+            raise CheckpointError(
+                f"{self.full} is not made of the tensors on disk by a change of places alone, so it cannot be written "
+                "back: load the model, change that, and save it"
+            )
+        whole[came_from] = weight.flatten()
+        return {
+            key: part.view(value.shape) for (key, value), part in zip(values.items(), whole.split(sizes), strict=True)
+        }
 
 
 def _expert_by_expert(source: _Source, experts: int) -> bool:

@@ -216,11 +216,13 @@ class LiveParameter:
                 "merge_and_unload(), take them away with unload(), or pass adapters=False to change the base alone"
             )
 
-    def update(self, change: Change) -> None:
-        """Hands the whole parameter to ``change``, all its experts and rows, and keeps what comes of it."""
+    def update(self, change: Change, expert: int | None = None) -> None:
+        """Hands the parameter, or one expert of a stacked one, with all its rows to ``change``, and keeps what comes
+        of it."""
+        of_one: Change = change if expert is None else lambda whole: change(whole[expert])
         with _OFFLOADED:  # several matrices of one parameter, too
             for parameter in (self, *self.twins()):
-                parameter._update(change)
+                parameter._update(of_one)
 
     def _update(self, change: Change) -> None:
         weight = self._stored()

@@ -13,20 +13,21 @@ from hf_rmt.models import fused
 
 #: Reads one parameter, or one expert of a stacked one, as it is stored.
 Load = Callable[[int | None], torch.Tensor]
-#: Changes a whole parameter, as it is stored, in place.
+#: Changes a parameter or one expert, as it is stored, in place.
 Change = Callable[[torch.Tensor], None]
 Kind = Literal["block", "embedding", "head", "convolution"]
 
 
 @runtime_checkable
 class Store(Protocol):
-    """What a ``Load`` also is where the parameter can be changed: that of a live model, never that of a file."""
+    """What a ``Load`` also is where the parameter can be changed: that of a live model, or of a checkpoint's copy."""
 
     def check_writable(self) -> None:
         """Raises ValueError, with the reason and the remedy, where a change would be impossible or lost."""
 
-    def update(self, change: Change) -> None:
-        """Hands the whole parameter to ``change``, all its experts and rows, and keeps what comes of it."""
+    def update(self, change: Change, expert: int | None = None) -> None:
+        """Hands the parameter, or one expert of a stacked one, with all its rows to ``change``, and keeps what comes
+        of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class WeightMatrix:
             raise TypeError(f"{self.name} takes a torch.Tensor, not {type(values).__name__}: use torch.as_tensor")
         if tuple(values.shape) != self.shape:
             raise ValueError(f"{self.name} has shape {self.shape}, and cannot take values of {tuple(values.shape)}")
-        self._store().update(lambda stored: self._put(stored, values))
+        self._store().update(lambda stored: self._put(stored, values), self.expert)
 
     def check_writable(self) -> None:
         """Make sure that ``write`` can work, without changing anything.
@@ -118,7 +119,7 @@ class WeightMatrix:
         if self.folded:  # which may be no view
             stored.copy_((values.mT if self.transposed else values).detach().reshape(stored.shape))
             return
-        whole = self._turned(stored if self.expert is None else stored[self.expert])
+        whole = self._turned(stored)
         self._own_rows(whole)
         new = values.detach().to(whole.device, whole.dtype)
         if new.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():

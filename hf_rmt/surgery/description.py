@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.surgery.editor import Edit, Editor
 from hf_rmt.surgery.factors import FactorStore
 from hf_rmt.theory.selection import Side
@@ -14,6 +15,8 @@ from hf_rmt.theory.selection import Side
 if TYPE_CHECKING:
     import pandas as pd
 
+#: Columns of the table of what was taken from each matrix.
+AFFECTED = ["name", "role", "block", "removed", "of", "mass", "energy", "parameters"]
 SIDES: tuple[Side, Side] = ("right", "left")
 
 
@@ -23,14 +26,17 @@ def affected(editor: Editor) -> pd.DataFrame:
 
     rows = []
     for index in sorted({editor.index[name] for edit in editor.edits for name in edit.names}):
-        matrix, s, mask = editor.matrices[index], editor.store[index].s, editor.mask(index)
-        rows.append(
-            {"name": matrix.name, "role": matrix.role, "block": matrix.block, "removed": int(mask.sum())}
-            | {"of": len(s), "mass": _share(s, mask), "energy": _share(s**2, mask)}
-            | {"parameters": matrix.shape[0] * matrix.shape[1]}
-        )
-    columns = ["name", "role", "block", "removed", "of", "mass", "energy", "parameters"]
-    return pd.DataFrame(rows, columns=columns).astype({"block": "Int64"})
+        rows.append(row_of(editor.matrices[index], editor.store[index].s, editor.mask(index)))
+    return pd.DataFrame(rows, columns=AFFECTED).astype({"block": "Int64"})
+
+
+def row_of(matrix: WeightMatrix, s: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """A row of ``affected``: of one matrix, with its singular values ``(p,)`` and the mask of what is removed."""
+    return (
+        {"name": matrix.name, "role": matrix.role, "block": matrix.block, "removed": int(mask.sum())}
+        | {"of": len(s), "mass": _share(s, mask), "energy": _share(s**2, mask)}
+        | {"parameters": matrix.shape[0] * matrix.shape[1]}
+    )
 
 
 def removed_by(edit: Edit, editor: Editor) -> dict[str, float]:

@@ -36,13 +36,20 @@ class FactoredMatrix:
         digest: of the weight that was factored.
     """
 
-    def __init__(self, matrix: WeightMatrix, factors: SVDFactors, entry_std: float, digest: str):
+    def __init__(
+        self,
+        matrix: WeightMatrix,
+        factors: SVDFactors,
+        entry_std: float,
+        digest: str,
+        null: MonteCarloNull | None = None,
+    ):
         self.name = matrix.name
         self.shape = matrix.shape
         self.factors = factors
         self.entry_std = entry_std
         self.digest = digest
-        self.null: MonteCarloNull | None = None
+        self.null = null
         self.overlaps: dict[Side, Overlap] | None = None
         self._tests: dict[Side, VectorTest] = {}
 
@@ -128,8 +135,6 @@ class FactorStore:
         if lent is not None and (lent.digest, lent.shape) == (digest, matrix.shape):
             return lent
         found = self._loaded(matrix, weight, digest) or self._computed(matrix, weight, digest)
-        if self.config.null_draws:
-            found.null = MonteCarloNull(self.config.null_draws, self.config.seed)
         if self.bases_of is not None:
             bases = self.bases_of(matrix, weight)
             known = found.factors.testable()
@@ -142,13 +147,7 @@ class FactorStore:
         return found
 
     def _computed(self, matrix: WeightMatrix, weight: torch.Tensor, digest: str) -> FactoredMatrix:
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        try:
-            factors = svd(weight if self.config.device is None else weight.to(self.config.device), dtype)
-        except ValueError as error:
-            raise ValueError(f"{matrix.name}: {error}; repair the weights, or leave it out by its role") from error
-        factors = SVDFactors(factors.u, factors.s.cpu(), factors.vh, factors.route)
-        found = FactoredMatrix(matrix, factors, entry_std_of(as_float(weight), factors.s), digest)
+        found = factored(matrix, weight, digest, self.config)
         if self.folder is None:
             return found
         self._save(matrix, weight, found)
@@ -194,7 +193,27 @@ class FactorStore:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             log.warning("%s is damaged (%s); the matrix is factored anew", self._path(matrix), error)
             return None
-        return FactoredMatrix(matrix, factors, entry_std, digest)
+        return FactoredMatrix(matrix, factors, entry_std, digest, null_of(self.config))
+
+
+def factored(matrix: WeightMatrix, weight: torch.Tensor, digest: str, config: AnalysisConfig) -> FactoredMatrix:
+    """A matrix with the factors of its weight.
+
+    Raises:
+        ValueError: NaN or Inf entries; the message names the matrix.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    try:
+        factors = svd(weight if config.device is None else weight.to(config.device), dtype)
+    except ValueError as error:
+        raise ValueError(f"{matrix.name}: {error}; repair the weights, or leave it out by its role") from error
+    factors = SVDFactors(factors.u, factors.s.cpu(), factors.vh, factors.route)
+    return FactoredMatrix(matrix, factors, entry_std_of(as_float(weight), factors.s), digest, null_of(config))
+
+
+def null_of(config: AnalysisConfig) -> MonteCarloNull | None:
+    """The null of p-values that is asked for; None for the shipped table."""
+    return MonteCarloNull(config.null_draws, config.seed) if config.null_draws else None
 
 
 def _made_of(weight: torch.Tensor, digest: str) -> str:

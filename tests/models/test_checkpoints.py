@@ -54,7 +54,7 @@ def test_one_expert_is_read_without_the_others(make_model, tmp_path, monkeypatch
     make_model("mixtral").save_pretrained(tmp_path)
     read = []
     original = SafetensorsFolder.read
-    monkeypatch.setattr(SafetensorsFolder, "read", lambda self, key: read.append(key) or original(self, key))
+    monkeypatch.setattr(SafetensorsFolder, "read", lambda self, key, index: read.append(key) or original(self, key))
     matrix = next(m for m in Checkpoint(tmp_path).matrices() if m.expert == 1 and m.part == "gate")
     matrix.read()
     assert len(read) == 2 and all(".experts.1." in key for key in read)
@@ -240,3 +240,98 @@ def test_an_architecture_that_cannot_be_laid_out(make_model, tmp_path, monkeypat
     monkeypatch.setattr(transformers.BertModel, "_from_config", fail)
     with pytest.raises(CheckpointError, match=r"cannot be laid out without its weights \(needs a kernel\)"):
         Checkpoint(tmp_path)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_to_files_is_what_a_live_model_would_save(family: str, make_model, tmp_path) -> None:
+    """Every second matrix is written, so that what shares a tensor with it has to stay."""
+    model = make_model(family)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    before = {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    matrices = Checkpoint(tmp_path, writable=True).matrices()
+    generator = torch.Generator().manual_seed(1)
+    for live, stored in list(zip(matrices_of(model), matrices, strict=True))[::2]:
+        values = torch.randn(live.shape, generator=generator)
+        live.write(values)
+        stored.write(values)
+        assert torch.equal(stored.read(), values), live.name
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+    assert before == {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+
+
+def test_one_expert_is_written_without_the_others(make_model, tmp_path, monkeypatch) -> None:
+    make_model("mixtral").save_pretrained(tmp_path)
+    written = []
+    original = SafetensorsFolder.write
+    monkeypatch.setattr(SafetensorsFolder, "write", lambda self, k, *v: written.append(k) or original(self, k, *v))
+    matrix = next(m for m in Checkpoint(tmp_path, writable=True).matrices() if m.expert == 1 and m.part == "gate")
+    matrix.write(torch.zeros(matrix.shape))
+    assert len(written) == 2 and all(".experts.1." in key for key in written)
+
+
+def test_one_of_a_stack_is_read_and_written_in_its_place(make_model, tmp_path, monkeypatch) -> None:
+    """GPT-OSS has all experts in one tensor on disk, too."""
+    make_model("gpt_oss").save_pretrained(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    matrix = next(m for m in Checkpoint(tmp_path, writable=True).matrices() if m.expert == 1 and m.part == "gate")
+    numbers = []
+    original = SafetensorsFolder.read
+    monkeypatch.setattr(
+        SafetensorsFolder, "read", lambda self, key, index=None: numbers.append(index) or original(self, key, index)
+    )
+    weight = matrix.read().clone()
+    matrix.write(weight)
+    assert numbers == [1, 1] and (tmp_path / "model.safetensors").read_bytes() == content
+    matrix.write(weight + 1)
+    assert torch.equal(matrix.read(), weight + 1)
+
+
+def test_a_half_precision_file_keeps_its_dtype(make_model, tmp_path) -> None:
+    make_model("llama").half().save_pretrained(tmp_path)
+    matrix = Checkpoint(tmp_path, writable=True).matrices()[1]
+    values = torch.randn(matrix.shape)
+    matrix.write(values)
+    assert torch.equal(matrix.read(), values.half())
+
+
+def test_a_tied_weight_that_is_on_disk_twice_is_written_twice(make_model, tmp_path) -> None:
+    model = make_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    matrix = next(m for m in Checkpoint(tmp_path, writable=True).matrices() if m.kind == "embedding")
+    matrix.write(torch.ones(matrix.shape))
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(bool((written[name] == 1).all()) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+
+
+def test_files_are_written_only_on_request_and_in_their_shape(make_model, tmp_path) -> None:
+    make_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="read from a file, and files are never written"):
+        Checkpoint(tmp_path).matrices()[3].write(torch.ones(64, 64))
+    tensors = Checkpoint(tmp_path, writable=True).tensors
+    name = next(name for name in tensors.files if name.endswith("query.weight"))
+    content = (tmp_path / "model.safetensors").read_bytes()
+    for wrong in (torch.ones(64, 63), torch.ones(64, 64).half()):
+        with pytest.raises(CheckpointError, match=r"query.weight is F32 of shape \[64, 64\], and cannot take"):
+            tensors.write(name, wrong)
+    assert (tmp_path / "model.safetensors").read_bytes() == content
+
+
+def test_a_conversion_that_computes_is_not_written_back(make_model, tmp_path, monkeypatch) -> None:
+    from hf_rmt.models.checkpoints import CheckpointParameter
+
+    make_model("mixtral").save_pretrained(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    original = CheckpointParameter._converted
+    monkeypatch.setattr(CheckpointParameter, "_converted", lambda self, *rest: original(self, *rest) * 0)
+    matrix = next(m for m in Checkpoint(tmp_path, writable=True).matrices() if m.expert == 1)
+    with pytest.raises(CheckpointError, match="not made of the tensors on disk by a change of places alone"):
+        matrix.write(torch.ones(matrix.shape))
+    assert (tmp_path / "model.safetensors").read_bytes() == content
