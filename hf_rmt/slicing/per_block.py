@@ -6,8 +6,7 @@ covariances nor the activations of the whole model are ever held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from hf_rmt.models.activations import eager
 from hf_rmt.models.batches import Batches
+from hf_rmt.models.block_walk import BlockCall, StandIns
 from hf_rmt.models.live import evaluating
 from hf_rmt.models.moment_sums import MomentSum
 from hf_rmt.models.residual_stream import Stream
@@ -36,12 +36,12 @@ class _Rows:
 
     Attributes:
         hidden: what enters the next block.
-        arguments: positional and named arguments of each block beside that.
+        calls: what each block is called with beside that.
         masks: which positions count.
     """
 
     hidden: torch.Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: list[BlockCall]
     masks: TokenMasks
 
 
@@ -82,13 +82,12 @@ class _Walk:
     def begin(self, batches: Batches) -> None:
         """What the embeddings give, and what each block is called with."""
         model: Any = self.stream.model
-        with _recording(self.stream) as calls, failing_together():
+        stand_ins = StandIns(list(self.stream.blocks))
+        with failing_together():
             for batch, keep in batches.of_process(*rank_and_count()):
-                calls.clear()
-                model(**{**batch, "use_cache": False} if "use_cache" in batch else batch)
-                hidden = calls[0][0][0]
-                arguments = [(args[1:], kwargs) for args, kwargs in calls]
-                self.rows.append(_Rows(hidden, arguments, TokenMasks.of_call(model, (), batch, keep)))
+                without_cache = {**batch, "use_cache": False} if "use_cache" in batch else batch
+                hidden, calls = stand_ins.calls_of(model, without_cache)
+                self.rows.append(_Rows(hidden, calls, TokenMasks.of_call(model, (), batch, keep)))
         if not any(gather(len(self.rows))):
             raise ValueError("the calibration data has no batches")
 
@@ -139,9 +138,7 @@ class _Walk:
             raise ValueError("NaN or Inf in the residual stream of the calibration data") from error
 
     def _run(self, number: int, rows: _Rows) -> torch.Tensor:
-        args, kwargs = rows.arguments[number]
-        found: Any = self.stream.blocks[number](rows.hidden, *args, **kwargs)
-        return found[0] if isinstance(found, tuple) else found
+        return rows.calls[number].run(self.stream.blocks[number], rows.hidden)
 
     def _change(self, index: int, total: MomentSum) -> torch.Tensor:
         """Choose the basis of a site and take it."""
@@ -152,25 +149,3 @@ class _Walk:
         basis, reading = self.basis_of(index, moments)
         change_site_(self.stream, index, basis, reading)
         return basis
-
-
-@contextmanager
-def _recording(stream: Stream) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Blocks only write down what they are called with, and give the hidden states back, meanwhile."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def recorder(*args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        # Every block runs more than once, and would write more than once into a cache.
-        calls.append(
-            ((hidden, *args[1:]), {k: v for k, v in kwargs.items() if k not in ("past_key_values", "layer_past")})
-        )
-        return hidden
-
-    for block in stream.blocks:
-        block.forward = recorder
-    try:
-        yield calls
-    finally:
-        for block in stream.blocks:
-            del block.forward
