@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -421,3 +421,33 @@ class _Offloaded:
             values = self.hook.weights_map[self.key].to("cpu", dtype, copy=True)
             change(values)
         weights[key] = values
+
+
+@contextlib.contextmanager
+def brought_in(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keeps what accelerate has offloaded of some modules where they compute, so that many calls fetch it once.
+
+    Args:
+        modules: each of them; those inside of them do not come by themselves.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            hook = getattr(module, "_hf_hook", None)
+            for one in getattr(hook, "hooks", [hook]):
+                if getattr(one, "offload", False) is True:
+                    stack.enter_context(_held(module, one))
+        yield
+
+
+@contextlib.contextmanager
+def _held(module: nn.Module, hook: Any) -> Iterator[None]:
+    """Between one pre_forward and one post_forward of its own, the hook of accelerate only moves inputs."""
+    with _OFFLOADED:
+        hook.pre_forward(module)
+        hook.offload = False
+    try:
+        yield
+    finally:
+        with _OFFLOADED:
+            hook.offload = True
+            hook.post_forward(module, None)
