@@ -180,14 +180,15 @@ class RMTAnalyzer:
                 dicts of the model's arguments).
             roles, blocks: as for ``analyze``.
             folder: the result is written here; started again with the same folder and data, a run that was
-                killed goes on where it stopped, to two minutes.
+                killed goes on where it stopped, to two minutes, or with ``sequential`` to one block.
             config: settings; see ``CollectConfig``.
             **options: single settings, as ``outputs=True`` or ``max_tokens=100_000``; they win over ``config``.
 
         Raises:
             ValueError: a checkpoint without a model; no batches, or batches without the model's inputs; an
                 attention mask of zeros; NaN or Inf among the activations; too little memory for one sum; a folder
-                of another model or other data. The message names the module or the batch.
+                of another model or other data; with ``sequential``, a model that is in train mode, sharded, or no list
+                of blocks one after the other. The message names the module or the batch.
             TypeError: an unknown setting.
             RuntimeError: another process failed.
         """

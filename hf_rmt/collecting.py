@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from hf_rmt.processes import (
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
 from hf_rmt.reports.covariances import ActivationCovariances
-from hf_rmt.reports.unfinished import Collected, UnfinishedCovariances, chained
+from hf_rmt.reports.unfinished import Collected, UnfinishedBlocks, UnfinishedCovariances, chained
+from hf_rmt.sequential import collected_by_block
 from hf_rmt.theory.covariance import Moments
 from hf_rmt.workers import free_memory
 
@@ -93,7 +94,10 @@ class CollectionRun:
         identity = self._identity()
         if folder is not None and store.is_saved(folder, "covariances"):
             return self._finished(folder, identity, batches)
-        kept = None if folder is None else UnfinishedCovariances(folder, identity, self.rank)
+        kept = None
+        if folder is not None:
+            kind = UnfinishedBlocks if self.config.sequential else UnfinishedCovariances
+            kept = kind(folder, identity, self.rank)
         with failing_together():
             done = self._collected(batches, kept)
         result = self.joined(done, origin, identity["fingerprints"])
@@ -116,6 +120,7 @@ class CollectionRun:
     def _identity(self) -> dict[str, Any]:
         """What a folder must have been made for."""
         return self._conditions() | {
+            "sequential": self.config.sequential,
             "matrices": {matrix.name: list(matrix.shape) for matrix in self.matrices},
             "fingerprints": {matrix.name: fingerprint_of(matrix.read()) for matrix in self.matrices},
         }
@@ -140,7 +145,10 @@ class CollectionRun:
     # In one process
 
     def _collected(self, batches: Batches, kept: UnfinishedCovariances | None) -> Collected:
-        """As many passes over the data as the memory asks for."""
+        """As many passes over the data as the memory asks for, or one block by block."""
+        if self.config.sequential:
+            assert kept is None or isinstance(kept, UnfinishedBlocks)
+            return collected_by_block(self, batches, kept)
         done = (kept.read() if kept is not None else None) or Collected([])
         if self.in_step and len(set(gather(str((done.passes, done.done, done.batches))))) > 1:
             done = Collected([])  # killed while they wrote
@@ -153,19 +161,32 @@ class CollectionRun:
 
     def _planned(self, batch: dict[str, Any], apart: list[str]) -> list[list[str]]:
         """Which sites to sum in which pass; one sequence of a batch shows which of them share a sum."""
-        probe = Collector(self.model, list(self.sites.values()), apart, summing=False)
+        probe = self.probe(apart)
         # In train mode a BatchNorm takes no single sequence.
         sample = batch if self.model.training else one_sequence(batch)
-        with torch.random.fork_rng(), probe.attached(), self._running():
+        with torch.random.fork_rng(), probe.attached(), self.running():
             self.model(**sample)
+        passes = self.passes_for(self.sharing(probe))
+        return broadcast(passes) if self.in_step else passes
+
+    def probe(self, apart: Collection[str] = ()) -> Collector:
+        """Sees which sites share a sum, and sums nothing."""
+        return Collector(self.model, list(self.sites.values()), apart, summing=False)
+
+    def sharing(self, probe: Collector) -> list[list[str]]:
+        """The sites in groups that share a sum; those that the probe has not seen each by itself."""
         owners = probe.owners()
         groups: dict[str, list[str]] = {}
         for key in self.sites:
             groups.setdefault(owners.get(key, key), []).append(key)
-        passes = self._passes_for(list(groups.values()))
-        return broadcast(passes) if self.in_step else passes
+        return list(groups.values())
 
-    def _passes_for(self, groups: list[list[str]]) -> list[list[str]]:
+    def passes_for(self, groups: list[list[str]]) -> list[list[str]]:
+        """Groups of sites, in as many passes as the memory asks for.
+
+        Raises:
+            ValueError: there is too little for one sum.
+        """
         passes: list[list[str]] = []
         room = 0.0
         for group in groups:
@@ -198,7 +219,7 @@ class CollectionRun:
         shown = self.config.progress if self.rank == 0 else False
         number, chain = 0, ""
         total = None if shown is False else batches.count(self.processes)  # of texts it takes a pass to know
-        with progress_bar(shown, total) as advance, collector.attached(), self._running():
+        with progress_bar(shown, total) as advance, collector.attached(), self.running():
             for batch, keep in itertools.chain([first], rounds):
                 number += 1
                 chain = chained(chain, batch) if kept is not None else ""
@@ -221,7 +242,7 @@ class CollectionRun:
         return self._with_sums(done, collector, batches=0, chain=chain, done=done.done + 1)
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Without gradients; not in inference mode either, in which it cannot be seen whether a tensor was changed
         in place. As the base, where its matrices are those of the base."""
         base = adapters_off(self.model) if self.as_base else contextlib.nullcontext()

@@ -99,6 +99,10 @@ class CollectConfig:
         outputs: sum up what the matrices put out too, for the overlaps of left singular vectors.
         memory: bytes for the sums, 12 n^2 for each distinct input of n features; where they do not fit, the
             data is gone through several times. None takes half of the free memory.
+        sequential: run all batches through one block after the other, of a model in evaluation mode whose blocks are
+            called so: offloaded weights are fetched once and not once a batch. With a folder, the sums and weights of
+            one block and the hidden states of one batch are in memory; else all sums, and the hidden states of all
+            batches, twice while a block runs.
         progress: show a progress bar; None shows one on a terminal.
         tokenizer: for texts; None takes the model's own.
         columns: of a data set, one column of texts or two for pairs; None takes the usual ones.
@@ -109,6 +113,7 @@ class CollectConfig:
 
     outputs: bool = False
     memory: float | None = None
+    sequential: bool = False
     progress: bool | None = None
     tokenizer: Any = None
     columns: str | Sequence[str] | None = None

@@ -89,15 +89,19 @@ def _collect_from_loaders(model: nn.Module, expected: ActivationCovariances, tol
     assert_same(
         collect(model, plain, outputs=True, memory=MomentSum.bytes_for(128, torch.float64)), expected, tolerance
     )
+    assert_same(collect(model, iter(plain), outputs=True, sequential=True), expected, tolerance)
     for shuffle in (False, True):
         sampler = DistributedSampler(Rows(), PROCESSES, rank, shuffle=shuffle)
         assert len(sampler) * PROCESSES > ROWS, "a row is repeated"
-        assert_same(collect(model, DataLoader(Rows(), 2, sampler=sampler), outputs=True), expected, tolerance)
+        for sequential in (False, True):
+            loader = DataLoader(Rows(), 2, sampler=sampler)
+            assert_same(collect(model, loader, outputs=True, sequential=sequential), expected, tolerance)
     for options in ({}, {"split_batches": True}, {"even_batches": False}, {"dispatch_batches": True}):
         AcceleratorState._reset_state()
         accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**options))
         loader = accelerator.prepare(DataLoader(Rows(), 4))
         assert_same(collect(model, loader, outputs=True), expected, tolerance)
+        assert_same(collect(model, loader, outputs=True, sequential=True), expected, tolerance)
     dropped = accelerator.prepare(DataLoader(Rows(), 4, drop_last=True))
     count = collect(model, dropped).settings["tokens"]
     kept = [sum(gather(count_here)) for count_here in _token_counts(dropped)]
@@ -130,8 +134,10 @@ def _collect_the_rest(
     rank, _ = rank_and_count()
     of_texts, of_mixtral, one = expected
     assert_same(collect(mixtral, texts, tokenizer=tokenizer, batch_size=2), of_texts, 1e-10)
-    assert_same(collect(mixtral, batches_of(Rows())), of_mixtral, 1e-10)
-    assert_same(collect(mixtral, batches_of(Rows(1)), roles="*_proj"), one, 1e-10)  # nothing for the second process
+    for sequential in (False, True):
+        assert_same(collect(mixtral, batches_of(Rows()), sequential=sequential), of_mixtral, 1e-10)
+        found = collect(mixtral, batches_of(Rows(1)), roles="*_proj", sequential=sequential)
+        assert_same(found, one, 1e-10)  # nothing for the second process
 
     first = collect(mixtral, batches_of(Rows()), folder=folder / "kept")
     calls = []
@@ -237,6 +243,35 @@ def _die_and_go_on(folder: Path, model: nn.Module, expected: ActivationCovarianc
     assert not list(folder.glob("unfinished*"))
 
 
+def _die_in_a_block_and_go_on(folder: Path, model: Any, expected: ActivationCovariances) -> None:
+    rank, _ = rank_and_count()
+    calls: list[int] = []
+
+    def die(module: nn.Module, args: Any) -> None:
+        calls.append(len(args[0]))
+        if rank == 0 and calls.count(2) == 2:  # in its second batch; the look at one row came before
+            raise OSError("killed")
+
+    hook = model.encoder.layer[0].register_forward_pre_hook(die)
+    with pytest.raises((OSError, RuntimeError), match="killed"):
+        collect(model, batches_of(Rows()), folder=folder, sequential=True)
+    hook.remove()
+    calls.clear()
+    hook = model.encoder.layer[0].register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
+    assert_same(collect(model, batches_of(Rows()), folder=folder, sequential=True), expected, 1e-10)
+    hook.remove()
+    assert calls == ([1, 2, 2, 2, 1] if rank == 0 else [1]), "the second process had done this block"
+    gather(None)
+    assert not list(folder.glob("unfinished*"))
+
+
+def test_each_process_goes_on_with_its_block(
+    make_model: Maker, alone: Maker, tmp_path: Path, launch: Callable[..., None]
+) -> None:
+    model = make_model("bert").double()
+    launch(_die_in_a_block_and_go_on, tmp_path, model, alone(model, batches_of(Rows())))
+
+
 def test_each_process_goes_on_where_it_stopped(
     make_model: Maker, alone: Maker, tmp_path: Path, launch: Callable[..., None]
 ) -> None:
@@ -269,6 +304,8 @@ def _run_sharded(folder: Path, model: nn.Module, expected: ActivationCovariances
         assert report[column].tolist() == pytest.approx(table[column].tolist(), rel=1e-6), column
     with pytest.raises(ValueError, match="process 1 has no batch: give each process one, or use fewer processes"):
         collect(model, batches[:1])
+    with pytest.raises(ValueError, match="BertModel is sharded over processes"):
+        collect(model, batches, sequential=True)
     _fail_sharded(model, batches, rank)
 
     unfinished.KEEP_EVERY = -1.0

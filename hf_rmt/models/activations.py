@@ -109,6 +109,7 @@ class Collector:
         unfit: names of matrices whose activations did not fit the attention mask, of which every position counted.
         keep_rows: sequences of the next batch that count, the first ones, or a function that tells by its size;
             None for all.
+        known_masks: masks of the next batch, where what is called is a block, whose arguments do not tell them.
         skipped: names of matrices for whose sums there was no memory.
         earlier: batches summed before, by a run that was killed; errors count them.
         error: what ended the collection, of a ``guest``.
@@ -141,6 +142,7 @@ class Collector:
         self.earlier = 0
         self.unfit: set[str] = set()
         self.keep_rows: int | Callable[[int], int | None] | None = None
+        self.known_masks: TokenMasks | None = None
         self._states: dict[str, _State] = {}
         self._masks: TokenMasks | None = None
 
@@ -212,7 +214,7 @@ class Collector:
     def _begin_batch(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self.training_only and not torch.is_grad_enabled():
             return
-        self._masks = TokenMasks.of_call(unwrap(model), args, kwargs, self.keep_rows)
+        self._masks = self.known_masks or TokenMasks.of_call(unwrap(model), args, kwargs, self.keep_rows)
         if self.summing and self._masks.empty():
             raise ActivationError(f"batch {self.earlier + self.batches}: the attention mask leaves no token")
         for state in self._states.values():

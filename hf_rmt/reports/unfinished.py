@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -62,9 +63,10 @@ class UnfinishedCovariances:
         Raises:
             ValueError: it is of another collection, or damaged.
         """
-        if not self.path.is_file():
-            return None
-        tensors, metadata = store.load_tensors(self.path)
+        return self._read(self.path) if self.path.is_file() else None
+
+    def _read(self, path: Path) -> Collected:
+        tensors, metadata = store.load_tensors(path)
         described = json.loads(metadata["collected"])
         store.refuse_other(self.folder, described.pop("identity"), self.identity)
         sums = {
@@ -79,17 +81,77 @@ class UnfinishedCovariances:
 
     def write(self, collected: Collected) -> None:
         """Keep this in the place of what was kept before."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write(self.path, collected)
+        self._written = time.monotonic()
+
+    def _write(self, path: Path, collected: Collected) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         described = {key: value for key, value in vars(collected).items() if key != "sums"}
         described["sums"] = {key: [moments.tokens, moments.eps] for key, moments in collected.sums.items()}
         store.save_tensors(
-            self.path, tensors_of(collected.sums), {"collected": json.dumps(described | {"identity": self.identity})}
+            path, tensors_of(collected.sums), {"collected": json.dumps(described | {"identity": self.identity})}
         )
-        self._written = time.monotonic()
 
     def remove(self) -> None:
         """Delete it, once the covariances are saved."""
         self.path.unlink(missing_ok=True)
+
+
+class UnfinishedBlocks(UnfinishedCovariances):
+    """The files in which one process keeps a collection that goes block by block.
+
+    Beside the file that says how far it is, a folder holds the sums of each block that is done, memory-mapped, and the
+    hidden states of every batch that enter the next one.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int):
+        super().__init__(folder, identity, rank)
+        self.parts = folder / f"unfinished-blocks-{rank}"
+
+    def read(self) -> Collected | None:
+        """As of the class above; of a run that was killed in its first block nothing is left."""
+        done = super().read()
+        if done is None:
+            shutil.rmtree(self.parts, ignore_errors=True)
+            return None
+        for number in range(done.done):
+            done = done.with_sums(self._read(self._sums_of(number)).sums, {})
+        return done
+
+    def write_block(self, collected: Collected, sums: Mapping[str, Moments]) -> Collected:
+        """Keep the sums of one more block, the last that ``collected`` counts as done, and add them memory-mapped.
+
+        The file that says so comes last: until then the block before is the last one.
+        """
+        path = self._sums_of(collected.done - 1)
+        self._write(path, replace(collected, sums=dict(sums)))
+        self.write(replace(collected, sums={}))
+        return collected.with_sums(self._read(path).sums, {})
+
+    def _sums_of(self, number: int) -> Path:
+        return self.parts / f"sums-{number}.safetensors"
+
+    def put(self, number: int, batch: int, hidden: torch.Tensor) -> None:
+        """Keep the hidden states of a batch that enter a block."""
+        self.parts.mkdir(parents=True, exist_ok=True)
+        store.save_tensors(self._hidden_of(number, batch), {"hidden": hidden}, {})
+
+    def get(self, number: int, batch: int) -> torch.Tensor:
+        """What ``put`` has kept."""
+        return store.load_tensors(self._hidden_of(number, batch))[0]["hidden"]
+
+    def drop(self, number: int) -> None:
+        """Forget what enters a block that is done."""
+        for path in self.parts.glob(f"hidden-{number}-*"):
+            path.unlink()
+
+    def _hidden_of(self, number: int, batch: int) -> Path:
+        return self.parts / f"hidden-{number}-{batch}.safetensors"
+
+    def remove(self) -> None:
+        """Delete all of it, once the covariances are saved."""
+        super().remove()
+        shutil.rmtree(self.parts, ignore_errors=True)
 
 
 def tensors_of(sums: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
