@@ -101,11 +101,12 @@ _text_options = _options(
     click.option("--batch-size", default=16, show_default=True, help="Texts a batch."),
     click.option("--outputs", is_flag=True, help="Overlaps of left vectors with the outputs too."),
     click.option("--centred", is_flag=True, help="Take the mean out of the activations."),
+    click.option("--sequential", is_flag=True, help="Run all texts through one block after the other."),
 )
 
 
 #: Options that mean nothing without texts.
-_OF_TEXTS = ("columns", "max_tokens", "batch_size", "outputs", "centred")
+_OF_TEXTS = ("columns", "max_tokens", "batch_size", "outputs", "centred", "sequential")
 
 
 @cli.command()

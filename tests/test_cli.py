@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -91,7 +92,8 @@ def test_errors_are_one_line_and_2(arguments, message: str, checkpoint: Path, tm
 
 
 @pytest.mark.parametrize(
-    "option", ["--max-tokens 5", "--column text", "--outputs", "--centred", "--batch-size 16", "--batch-size 3"]
+    "option",
+    ["--max-tokens 5", "--column text", "--outputs", "--centred", "--batch-size 16", "--batch-size 3", "--sequential"],
 )
 def test_options_of_texts_need_texts(option: str, tmp_path) -> None:
     result = CliRunner().invoke(cli, ["analyze", "MODEL", "--out", str(tmp_path / "o"), *option.split()])
@@ -129,6 +131,10 @@ def test_texts_run_through_the_folder_of_an_adapter(make_model, tmp_path) -> Non
     assert report.settings["covariances"]["tokens"] == 5 and report.settings["covariances"]["centred"]
     base = RMTAnalyzer.from_checkpoint(tmp_path / "base").analyze(roles="query", sides="none")
     assert all(abs(report[name].row["s_max"] - base[name].row["s_max"]) > 1e-6 for name in base)
+    again = [argument.replace(str(tmp_path / "o"), str(tmp_path / "again")) for argument in arguments]
+    result = CliRunner().invoke(cli, [*again, *texts, "--sequential"])
+    assert result.exit_code == 0, result.output
+    pd.testing.assert_frame_equal(AnalysisReport.load(tmp_path / "again").to_pandas(), report.to_pandas())
     result = CliRunner().invoke(cli, [*arguments, *texts, "--revision", "main"])
     assert result.exit_code == 2 and "--revision is of a checkpoint" in result.output
     result = CliRunner().invoke(cli, arguments)
