@@ -55,6 +55,9 @@ def collected_by_block(run: CollectionRun, batches: Batches, kept: UnfinishedBlo
         except NotInSequenceError as error:
             name = type(model).__name__
             raise ValueError(f"{name} cannot be run block by block: {error}; leave sequential out") from error
+        finally:
+            if kept is not None:
+                kept.tidy()
 
 
 class _HiddenStates(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from hf_rmt import RMTAnalyzer
 from hf_rmt.models.moment_sums import MomentSum
-from hf_rmt.reports import unfinished
+from hf_rmt.reports import store, unfinished
 from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.slicing.calibration import collect_stream
 from hf_rmt.workers import threads
@@ -305,11 +306,36 @@ def test_a_killed_run_goes_on_with_the_block_where_it_stopped(
     ran = Ran(llama, at)
     with pytest.raises(KeyboardInterrupt):
         collect(llama, batches, folder=tmp_path)
+    assert any(tmp_path.iterdir()) == (at[0] > 0), "without a block there is nothing to go on with"
     assert_equal(collect(llama, batches, folder=tmp_path), expected)
     assert ran.counts == {n: BATCHES + (at[1] if n == at[0] else 0) for n in range(3)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["covariances.json", "covariances.safetensors"]
     assert_equal(collect(llama, batches, folder=tmp_path), expected)
     assert sum(ran.counts.values()) == 3 * BATCHES + at[1], "a finished folder is read again"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("file", ["hidden-0-1", "hidden-2-1", "sums-1", "unfinished-covariances-0"])
+def test_a_process_may_die_while_it_writes(
+    file: str, llama: nn.Module, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a chance to tidy up; what it was writing is half there."""
+    expected = collect(llama, batches, sequential=False)
+    if (child := os.fork()) == 0:
+
+        def dying(path: Path, tensors: Any, metadata: Any) -> None:
+            if path.stem == file:
+                path.with_name(f"{path.name}.{os.getpid()}.part").write_bytes(b"half")
+                os._exit(9)
+            save(path, tensors, metadata)
+
+        save = store.save_tensors
+        monkeypatch.setattr(store, "save_tensors", dying)
+        collect(llama, batches, folder=tmp_path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert_equal(collect(llama, batches, folder=tmp_path), expected)
+    assert not (tmp_path / "unfinished-blocks-0").exists()
 
 
 def test_only_the_hidden_states_of_one_block_are_kept(llama: nn.Module, batches: list[Batch], tmp_path: Path) -> None:

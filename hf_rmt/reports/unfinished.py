@@ -110,9 +110,9 @@ class UnfinishedBlocks(UnfinishedCovariances):
 
     def read(self) -> Collected | None:
         """As of the class above; of a run that was killed in its first block nothing is left."""
+        self.tidy()
         done = super().read()
         if done is None:
-            shutil.rmtree(self.parts, ignore_errors=True)
             return None
         for number in range(done.done):
             done = done.with_sums(self._read(self._sums_of(number)).sums, {})
@@ -147,6 +147,11 @@ class UnfinishedBlocks(UnfinishedCovariances):
 
     def _hidden_of(self, number: int, batch: int) -> Path:
         return self.parts / f"hidden-{number}-{batch}.safetensors"
+
+    def tidy(self) -> None:
+        """Delete hidden states of a run that has no block done: none goes on with them."""
+        if not self.path.is_file():
+            shutil.rmtree(self.parts, ignore_errors=True)
 
     def remove(self) -> None:
         """Delete all of it, once the covariances are saved."""
