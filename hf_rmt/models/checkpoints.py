@@ -390,8 +390,9 @@ def _skeleton(folder: Path) -> Any:
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
-            f"{folder} holds packed weights (quantization_config in its config.json): load the model and analyse that; "
-            "it is dequantised where its library can"
+            f"{folder} holds packed weights (quantization_config in its config.json), which are read in memory alone: "
+            "load the model with from_pretrained and use RMTAnalyzer(model), which dequantises where its library can, "
+            "or analyse the checkpoint that was quantised"
         )
     named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
     cls = next((c for c in named if c is not None), None)
