@@ -645,17 +645,6 @@ def test_edits_that_are_not_in_place() -> None:
     pruner.restore()
 
 
-def test_quantised_weights() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    packed = bnb.nn.Linear4bit(64, 64, bias=False)
-    packed.load_state_dict(nn.Linear(64, 64, bias=False).state_dict())
-    model = nn.ModuleList([nn.Linear(64, 48), packed.to("cpu")])
-    pruner = pruner_of(model)
-    _refused(pruner, r"1\.weight is stored as packed values \(Params4bit.* dequantise the model first")
-    assert not pruner.editor.store.known  # refused before work is done
-    assert pruner.remove(Decile(1), blocks=0).names == ["0"]
-
-
 def test_weights_that_are_not_in_memory(make_model, tmp_path: Path) -> None:
     make_model("bert", num_hidden_layers=1).save_pretrained(tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

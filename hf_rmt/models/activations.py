@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_rmt.models import quantised
 from hf_rmt.models.expert_calls import ExpertCalls
 from hf_rmt.models.live import unwrap
 from hf_rmt.models.matrices import WeightMatrix
@@ -86,9 +87,9 @@ def sites_of(matrices: list[WeightMatrix], encoder_decoder: bool, outputs: bool 
 def _sites_of_matrix(matrix: WeightMatrix, mask: str, outputs: bool) -> Iterator[Site]:
     load: Any = matrix.load
     module: nn.Module = load.module
-    if isinstance(module, (nn.Embedding, nn.RNNBase)) or matrix.folded or "[head=" in matrix.name:
+    if matrix.kind == "embedding" or isinstance(module, nn.RNNBase) or matrix.folded or "[head=" in matrix.name:
         return
-    linear = isinstance(module, nn.Linear) or hasattr(module, "nf")  # Conv1D
+    linear = quantised.is_linear(module) or hasattr(module, "nf")  # Conv1D
     if linear and load.tuner is not None and load.adapters:
         module = load.tuner  # an adapter may scale what enters, and adds to what is put out
     expert = None if matrix.expert is None else (load.name, matrix.expert)

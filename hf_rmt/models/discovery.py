@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rmt.models import fused, names
+from hf_rmt.models import fused, names, quantised
 from hf_rmt.models.matrices import Kind, Load, WeightMatrix
 
 
@@ -137,7 +137,7 @@ class Discovery:
         )
 
     def _kind(self, parameter: _Parameter) -> Kind:
-        if isinstance(parameter.module, nn.Embedding):
+        if quantised.is_embedding(parameter.module):
             return "embedding"
         if isinstance(parameter.module, nn.modules.conv._ConvNd):
             return "convolution"
@@ -184,18 +184,18 @@ def _parameters(model: nn.Module, computed: bool) -> Iterator[_Parameter]:
             continue  # an adapter's own matrices are read as part of the matrix they adapt
         if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
             tuners.append(path)
-        _refuse_packed(path, module)
+        quantised.refuse_unknown(path, module)
         for name, tensor in _weights(module):
-            own = name in module._parameters
-            if not (own and id(tensor) in seen) and _may_be_matrix(module, name, tensor):
-                if own:  # what is computed is another tensor every time
-                    seen.add(id(tensor))
-                taken = computed or own
+            own = module._parameters.get(name)
+            if id(own) not in seen and _may_be_matrix(module, name, tensor):
+                if own is not None:  # what is computed is another tensor every time
+                    seen.add(id(own))
+                taken = computed or own is not None
                 yield _Parameter(path, name, module, tensor, _layout(module, name, tensor) if taken else _COMPUTED)
 
 
 def _may_be_matrix(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
-    """Whether it has two axes; a linear layer has also where its weight is packed."""
+    """Whether it has two axes; a linear layer has also where one of them is of length one."""
     if isinstance(module, (nn.Linear, nn.Embedding)) and name == "weight":
         return tensor.numel() > 0
     return tensor.numel() > max(tensor.shape, default=1)
@@ -205,6 +205,10 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters of a module itself; those that are computed from others as they are computed."""
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return  # what it holds makes up a weight of the module around it
+    outline = quantised.outline(module)
+    if outline is not None:
+        yield "weight", outline  # and what else there is makes it up
+        return
     computed = {*getattr(module, "parametrizations", ())}
     own = module._parameters
     for stem in {name.removesuffix(end) for name in own for end in ("_g", "_v", "_orig") if name.endswith(end)}:
@@ -214,17 +218,6 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, getattr(module, name)
     parts = {f"{stem}{end}" for stem in computed for end in ("_g", "_v", "_orig")}
     yield from ((name, tensor) for name, tensor in own.items() if tensor is not None and name not in parts)
-
-
-def _refuse_packed(path: str, module: nn.Module) -> None:
-    """Weights under names that quantisation libraries give them would be passed over without a word."""
-    own = [*module._parameters, *module._buffers]
-    packed = [name for name in own if name in ("qweight", "W_q", "weight_packed") or name.endswith("_blocks")]
-    if packed:
-        raise ValueError(
-            f"{path} is packed (it holds {packed[0]}): dequantise the model first, for instance with "
-            "model.dequantize(), or analyse the checkpoint that was quantised"
-        )
 
 
 # Layouts
@@ -275,9 +268,9 @@ def _layout_of_convolution(module: Any, name: str, tensor: torch.Tensor) -> _Lay
 
 def _layout_of_modules(module: nn.Module, name: str, tensor: torch.Tensor) -> _Layout | None:
     """Of those whose class says it."""
-    if name == "weight" and (isinstance(module, nn.Embedding) or _is_conv1d(module)):
+    if name == "weight" and (quantised.is_embedding(module) or _is_conv1d(module)):
         return _Layout(transposed=True)
-    linear = isinstance(module, nn.Linear) and name == "weight"
+    linear = quantised.is_linear(module) and name == "weight"
     recurrent = isinstance(module, nn.RNNBase) and name.startswith("weight_")
     return _Layout() if linear or recurrent else None
 
@@ -316,10 +309,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _shape(parameter: _Parameter, layout: _Layout) -> tuple[int, int]:
-    """``(out, in)``; a linear layer knows it also where its weight is packed."""
-    module = parameter.module
-    if isinstance(module, nn.Linear) and isinstance(module.out_features, int) and isinstance(module.in_features, int):
-        return module.out_features, module.in_features  # some models make them tensors
+    """``(out, in)``."""
     shape = parameter.tensor.shape
     first, second = (shape[0], math.prod(shape[1:])) if layout.folded else shape[-2:]
     return (second, first) if layout.transposed else (first, second)

@@ -1,4 +1,4 @@
-"""Matrices of a model in memory: unwrapped, offloaded, adapted, quantised."""
+"""Matrices of a model in memory: unwrapped, offloaded, adapted, sharded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rmt.models import names
+from hf_rmt.models import names, quantised
 from hf_rmt.models.discovery import Discovery, LeftOut
 from hf_rmt.models.matrices import Change, Load, WeightMatrix
 
@@ -152,7 +152,7 @@ class LiveParameter:
         if sharding is not None:
             sharding.reshard()
         _recompute(self.module, self.name)
-        return getattr(self.module, self.name)
+        return quantised.stored(self.module, self.name)
 
     @contextlib.contextmanager
     def _brought_in(self) -> Iterator[None]:
@@ -162,7 +162,7 @@ class LiveParameter:
             yield
             return
         with _OFFLOADED:
-            if getattr(self.module, self.name).device.type != "meta":
+            if quantised.stored(self.module, self.name).device.type != "meta":
                 yield
                 return
             with offloaded.brought_in():
@@ -179,6 +179,10 @@ class LiveParameter:
 
     def check_writable(self) -> None:
         """Raises ValueError, with the reason and the remedy, where a change would be impossible or lost."""
+        if coding := quantised.coding_of(self.module, self.name):
+            raise ValueError(
+                f"{self.full} is stored as {coding.name} values, which no other values can be put into: {coding.remedy}"
+            )
         weight = self.module._parameters.get(self.name)
         if weight is None:
             raise ValueError(
@@ -186,12 +190,6 @@ class LiveParameter:
                 "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm"
             )
         self._check_adapters()
-        if coding := _coding(self.module, self.name, weight):
-            raise ValueError(
-                f"{self.full} is stored as {coding} values ({type(weight).__name__}, {weight.dtype}), which no other "
-                "values can be put into: dequantise the model first, for instance with model.dequantize(), or load it "
-                "unquantised"
-            )
         offloaded = self._offloaded()
         if offloaded is not None:
             offloaded.place()
@@ -253,45 +251,33 @@ class LiveParameter:
         return [twin for twin in apart if torch.equal(twin().to("cpu"), self().to("cpu"))]
 
     def _plain(self, module: nn.Module, expert: int | None) -> torch.Tensor:
-        weight = getattr(module, self.name)
+        weight = quantised.stored(module, self.name)
         if weight.device.type == "meta":
             raise ValueError(
                 f"{self.full} is on the meta device and has no values: load the weights, "
                 "or analyse the checkpoint with RMTAnalyzer.from_checkpoint"
             )
+        coding = quantised.coding_of(module, self.name)
+        if coding is not None:
+            return self._dequantised(coding, module, expert).detach()
         if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()
-        return self._dequantised(module, weight, expert).detach()
+        return (weight if expert is None else weight[expert]).detach()
 
-    def _dequantised(self, module: nn.Module, weight: torch.Tensor, expert: int | None) -> torch.Tensor:
-        """Real values of a weight that its library has packed or scaled; any other weight as it is."""
-        one = weight if expert is None else weight[expert]
-        coding = _coding(module, self.name, weight)
-        if coding == "block-scaled":
-            try:
-                from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-            except ImportError as error:
-                raise ValueError(
-                    f"{self.full} is block-scaled float8, which the transformers installed here cannot dequantise "
-                    f"({error}): upgrade transformers, or analyse the unquantised checkpoint"
-                ) from error
-            block_size: Any = module.block_size
-            scale = getattr(module, f"{self.name}_scale_inv")
-            return _dequantize_fp8_weight(one, scale if expert is None else scale[expert], block_size, torch.float32)
-        if coding == "packed":
-            from peft.utils.integrations import dequantize_module_weight
-
-            return dequantize_module_weight(module)
-        if coding == "integer":
+    def _dequantised(self, coding: quantised.Coding, module: nn.Module, expert: int | None) -> torch.Tensor:
+        """What the library that has coded the weight makes of it."""
+        if coding.values is None:
+            kind = quantised.stored(module, self.name).dtype
             raise ValueError(
-                f"{self.full} holds {weight.dtype} values that no known library has packed: "
-                "dequantise the model first, for instance with model.dequantize()"
+                f"{self.full} holds {coding.name} values ({kind}) in a format that is not known here: {coding.remedy}"
             )
-        if coding == "scaled":
+        try:
+            return coding.values(module, self.name, expert)
+        except (ImportError, AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(
-                f"{self.full} is scaled by {self.name}_scale, in a format unknown here: dequantise the model first"
-            )
-        return one
+                f"{self.full} is stored as {coding.name} values, which the library installed here cannot dequantise "
+                f"({error}): {coding.remedy}"
+            ) from error
 
     def _adapted(self, expert: int | None) -> torch.Tensor:
         """Merging a copy of the layer is peft's own definition of what it computes, for every method."""
@@ -299,12 +285,12 @@ class LiveParameter:
         wanted = self._adapts()
         if tuner.merged == wanted or not (wanted or tuner.merged):
             return self._plain(self.module, expert)
+        if quantised.coding_of(self.module, self.name) is not None:
+            raise ValueError(f"{self.full} has adapters on a quantised base: pass adapters=False, or merge them first")
         layer = copy.deepcopy(tuner)
         inner = layer.get_base_layer()
         if getattr(inner, self.name).dtype in (torch.float16, torch.bfloat16):
             layer.float()  # the forward pass adds the two outputs; it never rounds their sum to 16 bits
-        elif not getattr(inner, self.name).is_floating_point():
-            raise ValueError(f"{self.full} has adapters on a quantised base: pass adapters=False, or merge them first")
         if tuner.merged:
             layer.unmerge()
         else:
@@ -336,18 +322,6 @@ def _tuner_around(model: nn.Module, full: str, name: str) -> nn.Module | None:
         if getattr(wrapper, "parameter_name", name) == name:
             return wrapper
     return None
-
-
-def _coding(module: nn.Module, name: str, weight: torch.Tensor) -> str | None:
-    """How a weight stands for its values where it is not simply these."""
-    scale_inv = getattr(module, f"{name}_scale_inv", None) is not None
-    if scale_inv and weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
-        return "block-scaled"
-    if type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao."):
-        return "packed"
-    if not weight.dtype.is_floating_point:
-        return "integer"
-    return "scaled" if scale_inv or hasattr(module, f"{name}_scale") else None  # and means nothing without the scale
 
 
 def _in_place(weight: torch.Tensor, change: Change) -> None:

@@ -111,44 +111,10 @@ def test_offloaded_weights_are_brought_in(make_model, tmp_path) -> None:
     assert torch.equal(_matrix(on_disk).read(), expected)
 
 
-def test_integer_weights_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    model[0].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"0\.weight holds torch\.int8.* dequantise"):
-        matrices_of(model)[0].read()
-
-
 def test_plain_float8_is_read_exactly() -> None:
     model = nn.Sequential(nn.Linear(8, 8).to(torch.float8_e4m3fn))
     weight = matrices_of(model)[0].read()
     assert torch.equal(weight.float(), model[0].weight.float())
-
-
-def test_block_scaled_float8_is_dequantised() -> None:
-    from transformers.integrations.finegrained_fp8 import FP8Linear
-
-    layer = FP8Linear(64, 64, block_size=(32, 32))
-    layer.weight.data = torch.randn(64, 64).to(torch.float8_e4m3fn)
-    layer.weight_scale_inv.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    expected = layer.weight.float() * layer.weight_scale_inv.repeat_interleave(32, 0).repeat_interleave(32, 1)
-    torch.testing.assert_close(matrices_of(nn.Sequential(layer))[0].read().float(), expected)
-
-
-def test_block_scaled_float8_experts_are_dequantised() -> None:
-    class Experts(nn.Module):
-        """Parameters as transformers' FP8Experts has them."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.block_size = (32, 32)
-            self.down_proj = nn.Parameter(torch.randn(2, 64, 64).to(torch.float8_e4m3fn), requires_grad=False)
-            self.down_proj_scale_inv = nn.Parameter(torch.rand(2, 2, 2) + 0.5)
-
-    model = nn.Sequential(Experts())
-    matrices = matrices_of(model)
-    assert [m.expert for m in matrices] == [0, 1]
-    scale = model[0].down_proj_scale_inv[1].repeat_interleave(32, 0).repeat_interleave(32, 1)
-    torch.testing.assert_close(matrices[1].read().float(), model[0].down_proj[1].float() * scale)
 
 
 def test_adapters_on_the_parameters_of_experts(make_model) -> None:
@@ -191,36 +157,3 @@ def test_offloaded_weights_are_read_from_many_threads(make_model) -> None:
                     assert torch.equal(weight, expected[matrix.name])
     finally:
         sys.setswitchinterval(interval)
-
-
-@pytest.mark.parametrize("name", ["qweight", "W_q", "weight_packed", "gate_up_proj_blocks"])
-def test_packed_layers_are_not_passed_over(name: str) -> None:
-    packed = nn.Module()
-    packed.register_buffer(name, torch.zeros(8, 8, dtype=torch.int32))
-    with pytest.raises(ValueError, match=rf"1 is packed \(it holds {name}\): dequantise"):
-        matrices_of(nn.Sequential(nn.Linear(8, 8), packed))
-
-
-def test_scaled_weights_of_unknown_format_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(8, 8).to(torch.float8_e4m3fn))
-    model[0].weight_scale = nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match="weight_scale, in a format unknown here"):
-        matrices_of(model)[0].read()
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes_is_dequantised(bits: int) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    original = nn.Linear(64, 64, bias=False)
-    layer = (
-        bnb.nn.Linear4bit(64, 64, bias=False)
-        if bits == 4
-        else bnb.nn.Linear8bitLt(64, 64, False, has_fp16_weights=False)
-    )
-    layer.load_state_dict(original.state_dict())
-    model = nn.Sequential(layer.to("cpu"))
-    model(torch.randn(2, 64))
-    matrix = matrices_of(model)[0]
-    assert matrix.shape == (64, 64)
-    weight = matrix.read().float()
-    assert (weight - original.weight).abs().max() < (0.03 if bits == 4 else 0.01)

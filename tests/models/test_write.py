@@ -581,31 +581,6 @@ def test_weights_on_meta_are_refused() -> None:
         named(model).check_writable()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes_is_refused(bits: int) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    if bits == 4:
-        layer = bnb.nn.Linear4bit(64, 64, bias=False)
-    else:
-        layer = bnb.nn.Linear8bitLt(64, 64, False, has_fp16_weights=False)
-    layer.load_state_dict(nn.Linear(64, 64, bias=False).state_dict())
-    model = nn.Sequential(layer.to("cpu"))
-    model(torch.randn(2, 64))
-    kind = "Params4bit" if bits == 4 else "Int8Params"
-    _refused(matrices_of(model)[0], model, rf"0\.weight is stored as packed values \({kind}.* dequantise")
-
-
-def test_other_packed_weights_are_refused() -> None:
-    integer = nn.Sequential(nn.Linear(8, 8))
-    integer[0].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    scaled = nn.Sequential(nn.Linear(8, 8).to(torch.float8_e4m3fn))
-    scaled[0].weight_scale = nn.Parameter(torch.ones(1))
-    block_scaled = nn.Sequential(nn.Linear(8, 8).to(torch.float8_e4m3fn))
-    block_scaled[0].weight_scale_inv = nn.Parameter(torch.ones(1, 1))
-    for model, kind in ((integer, "integer"), (scaled, "scaled"), (block_scaled, "block-scaled")):
-        _refused(matrices_of(model)[0], model, rf"0\.weight is stored as {kind} values .*dequantise the model")
-
-
 def test_weights_that_are_computed_are_refused() -> None:
     for made_by in (nn.utils.parametrizations.orthogonal, nn.utils.parametrizations.weight_norm):
         model = nn.Sequential(nn.Linear(8, 8))
