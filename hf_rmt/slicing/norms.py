@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_rmt.models import quantised
 from hf_rmt.models.live import unwrap
 from hf_rmt.models.residual_stream import (
     Family,
@@ -88,6 +89,9 @@ def refuse(model: Any) -> None:
             hasattr(hook, "hides_stream") for _, module in modules for hook in module._forward_pre_hooks.values()
         ),
         "it has adapters: merge them first": any("lora_" in key or ".base_layer." in key for key in parameters),
+        "its weights are quantised: load it unquantised": any(
+            quantised.coding_of(module, "weight") is not None for _, module in modules
+        ),
         "its weights are not floating-point numbers": not all(p.is_floating_point() for p in parameters.values()),
         f"the modules {' and '.join(twice[:2])} are one, and what is tied so cannot be untied": bool(twice),
     }

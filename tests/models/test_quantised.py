@@ -16,6 +16,7 @@ from hf_rmt import Decile, RMTAnalyzer, SVDPruner
 from hf_rmt.models.checkpoints import Checkpoint, CheckpointError
 from hf_rmt.models.live import matrices_of
 from hf_rmt.models.matrices import WeightMatrix
+from hf_rmt.slicing.norms import refuse
 from hf_rmt.workers import threads
 from tests.conftest import FAMILIES
 
@@ -182,6 +183,8 @@ def _assert_unchanging(model: nn.Module, message: str) -> None:
             call()
     with pytest.raises(ValueError, match=message):
         SVDPruner(model, workers=1, progress=False).remove(Decile(1), roles="query")
+    with pytest.raises(ValueError, match="quantised"):
+        refuse(model)
     assert torch.equal(_named(model).read(), before)
 
 
