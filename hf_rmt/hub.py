@@ -170,6 +170,11 @@ def savable(model: nn.Module) -> PreTrainedModel:
             f"{name} has adapters in it: make them part of the weights with merge_and_unload(), or take them away "
             "with unload(), and go on with what that returns"
         )
+    if any(hasattr(parameter, "ds_id") for parameter in inner.parameters()):
+        raise ValueError(
+            f"{name} is sharded by ZeRO-3: save it with the Trainer or Accelerator that trained it, and take parts out "
+            "of that checkpoint with CheckpointPruner"
+        )
     if getattr(inner.config, "distributed_config", None) is not None:
         raise ValueError(f"{name} was sharded by transformers as it was loaded: load it without distributed_config")
     return inner

@@ -95,7 +95,9 @@ class Batches:
         if ids is None or not hasattr(inner, "get_input_embeddings"):
             return
         try:
-            count = len(inner.get_input_embeddings().weight)
+            table = inner.get_input_embeddings()
+            # A table that is sharded by ZeRO-3, or packed, has another number of rows.
+            count = table.num_embeddings if isinstance(table, nn.Embedding) else len(table.weight)
         except (NotImplementedError, AttributeError, TypeError):  # of two towers, or not a table
             return
         if isinstance(ids, torch.Tensor) and ids.numel() and int(ids.max()) >= count:

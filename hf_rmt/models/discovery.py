@@ -217,7 +217,14 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name in sorted(computed):
         yield name, getattr(module, name)
     parts = {f"{stem}{end}" for stem in computed for end in ("_g", "_v", "_orig")}
-    yield from ((name, tensor) for name, tensor in own.items() if tensor is not None and name not in parts)
+    yield from ((name, _whole(tensor)) for name, tensor in own.items() if tensor is not None and name not in parts)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter in its shape, of which ZeRO-3 leaves nothing in its place while it is not gathered."""
+    if not hasattr(tensor, "ds_shape"):
+        return tensor
+    return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tuple(tensor.ds_shape))
 
 
 # Layouts

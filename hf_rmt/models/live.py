@@ -103,9 +103,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold the parameters together (FSDP2), so that all have to read and run in step."""
+    """Whether processes hold the parameters together (FSDP2, ZeRO-3), so that all have to read and run in step."""
     return any(map(_shards, model.modules())) or any(
-        hasattr(parameter, "full_tensor") for parameter in model.parameters()
+        hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in model.parameters()
     )
 
 
@@ -137,7 +137,8 @@ class LiveParameter:
     @property
     def collective(self) -> bool:
         """Whether every process has to read it, in the same order."""
-        return hasattr(self._stored(), "full_tensor")
+        stored = self._stored()
+        return hasattr(stored, "full_tensor") or hasattr(stored, "ds_id")
 
     def __call__(self, expert: int | None = None) -> torch.Tensor:
         """The parameter, or one expert of a stacked one, as it computes."""
@@ -188,6 +189,11 @@ class LiveParameter:
             raise ValueError(
                 f"{self.full} is computed from other parameters: make it one again with "
                 "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm"
+            )
+        if hasattr(weight, "ds_id"):
+            raise ValueError(
+                f"{self.full} is sharded by ZeRO-3, which is read and not written: save the model, and take parts out "
+                "of the checkpoint with CheckpointPruner"
             )
         self._check_adapters()
         offloaded = self._offloaded()
@@ -262,6 +268,8 @@ class LiveParameter:
             return self._dequantised(coding, module, expert).detach()
         if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()
+        elif hasattr(weight, "ds_id"):
+            weight = _gathered(weight)
         return (weight if expert is None else weight[expert]).detach()
 
     def _dequantised(self, coding: quantised.Coding, module: nn.Module, expert: int | None) -> torch.Tensor:
@@ -328,6 +336,14 @@ def _in_place(weight: torch.Tensor, change: Change) -> None:
     """In the mode that the weight was made in: PyTorch lets nobody else change what inference mode has made."""
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         change(weight)
+
+
+def _gathered(weight: Any) -> torch.Tensor:
+    """All of a parameter that ZeRO-3 shards; every process has to ask for it."""
+    from deepspeed import zero
+
+    with zero.GatheredParameters([weight]):
+        return weight.detach().clone()
 
 
 def _change_together(shards: Any, change: Change) -> None:
