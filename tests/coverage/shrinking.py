@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,9 @@ _GROUPS = re.compile(r"^n_group$|^topk_group$|^num_expert_groups?$")
 _DERIVED = {"out_features", "out_indices", "stage_names", "layer_types", "per_layer_config", "mlp_layer_types"}
 
 #: What no rule finds, by model type: fields of the small configuration.
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "longcat_flash": {"zero_expert_num": 2},
+}
 
 
 def small_config(config_class: Any) -> Any:
@@ -66,10 +69,13 @@ def _shrunk(config_class: Any, divisor: int, cut: bool) -> Any:
 def _fields(fields: dict[str, Any], divisor: int, cut: bool) -> Iterator[tuple[str, Any]]:
     """Every field, the widths divided, the layers cut; lists with one entry a layer are cut to as many."""
     counts = {value for key, value in fields.items() if _LAYERS.search(key) and type(value) is int and value > 2}
+    heads = _heads(fields, divisor, cut)
     for key, value in fields.items():
         if key in _DERIVED and cut:
             continue
-        if isinstance(value, dict):
+        if key in heads:
+            yield key, heads[key]
+        elif isinstance(value, dict):
             named = all(isinstance(one, str) for one in value)  # those of labels are numbered
             yield key, dict(_fields(value, divisor, cut)) if named else value
         elif isinstance(value, (list, tuple)):
@@ -78,6 +84,30 @@ def _fields(fields: dict[str, Any], divisor: int, cut: bool) -> Iterator[tuple[s
             yield key, [_number(key, one, divisor, cut) for one in some] if numbers else some
         else:
             yield key, _number(key, value, divisor, cut) if type(value) is int else value
+
+
+def _heads(fields: dict[str, Any], divisor: int, cut: bool) -> dict[str, int]:
+    """Numbers of heads that no longer divide the width, made smaller."""
+    found: dict[str, int] = {}
+    for width_key, heads_key in itertools.product(_WIDTH_OF_HEADS, _NUMBERS_OF_HEADS):
+        width, heads = fields.get(width_key), fields.get(heads_key)
+        if type(width) is int and type(heads) is int and "head_dim" not in fields and heads > 0:
+            small = _number(width_key, width, divisor, cut)
+            # Rotations of two axes take fours.
+            fitting = [h for h in range(1, heads + 1) if heads % h == 0 and small % h == 0 and small // h % 4 == 0]
+            if small % heads and fitting:
+                found[heads_key] = fitting[-1]
+    return found
+
+
+_WIDTH_OF_HEADS = ("hidden_size", "d_model", "embed_dim", "embedding_dim", "dim")
+_NUMBERS_OF_HEADS = (
+    "num_attention_heads",
+    "num_heads",
+    "n_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+)
 
 
 def _number(key: str, value: int, divisor: int, cut: bool) -> int:

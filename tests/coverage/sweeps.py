@@ -86,7 +86,7 @@ def cycle(kind: str, folder: Path) -> dict[str, Any]:
         before = RMTAnalyzer(model, **taken).analyze(**options).to_pandas()
         pruner = SVDPruner(model, **taken, **options)
         edit = pruner.remove(Decile(10))
-        removed = [matrix for matrix in pruner.matrices if _changed(matrix, bits)]
+        removed = [matrix for matrix in pruner.matrices if _changed(matrix, bits) or not matrix.read().any()]
         pruner.restore()
         model.save_pretrained(folder)
         loaded = AutoModel.from_pretrained(folder).eval()
