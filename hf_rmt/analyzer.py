@@ -136,6 +136,8 @@ class RMTAnalyzer:
     ) -> AnalysisReport:
         """Analyse the matrices.
 
+        Over several processes, which all have to call, each does its share, and all get the same report.
+
         Args:
             roles: roles or names, as they are or as fnmatch patterns; None for all.
             blocks: block numbers; None for all.
@@ -215,6 +217,8 @@ class RMTAnalyzer:
         **options: Any,
     ) -> ModelComparison:
         """Compare a model before and after training (paper App. D): in which part of the spectrum did it act?
+
+        Over several processes as ``analyze``.
 
         Args:
             before, after: models, analyzers, checkpoint folders, Hub ids, or folders of peft adapters. A model
