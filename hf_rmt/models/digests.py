@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,9 @@ import xxhash
 
 def digest_of(weight: torch.Tensor) -> str:
     """Hash of the values of a matrix; faster than reading it from memory."""
-    data = weight.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    values = weight.detach().cpu().contiguous()
+    # Not by way of numpy: it would leave the storage unable to be resized, as FSDP2 does with what it gathers.
+    data = (ctypes.c_char * values.nbytes).from_address(values.data_ptr()) if values.nbytes else b""
     return xxhash.xxh3_128_hexdigest(data)
 
 
