@@ -142,6 +142,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 class _Source:
     """What on disk makes up one parameter: tensors by the pattern that matched them, in order."""
 
+    target: str  # the parameter; of several that are made of the same tensors the first
     tensors: dict[str, list[str]]
     converter: Any  # transformers' WeightConverter, None where the tensor is taken as it is
 
@@ -202,7 +203,7 @@ class Checkpoint:
             if target not in state and key in state:  # as transformers does: not meant to be renamed
                 target, pattern = rename_source_key(key, [], [], prefix, state)
             converter = by_pattern.get(pattern) if pattern else None
-            source = sources.setdefault(target, _Source({}, converter))
+            source = sources.setdefault(target, _Source(target, {}, converter))
             source.tensors.setdefault(pattern or "", []).append(key)
             for other in _further_targets(target, converter):
                 sources[other] = source
@@ -299,7 +300,7 @@ class CheckpointParameter:
                 collected,
                 source_patterns=converter.source_patterns,
                 target_patterns=converter.target_patterns,
-                full_layer_name=self.full,
+                full_layer_name=self.checkpoint.sources[self.full].target,
                 model=skeleton,
                 config=skeleton.config,
                 missing_keys=None,

@@ -335,3 +335,24 @@ def test_a_conversion_that_computes_is_not_written_back(make_model, tmp_path, mo
     with pytest.raises(CheckpointError, match="not made of the tensors on disk by a change of places alone"):
         matrix.write(torch.ones(matrix.shape))
     assert (tmp_path / "model.safetensors").read_bytes() == content
+
+
+def test_one_tensor_on_disk_that_is_several_parameters_of_different_sizes(tmp_path) -> None:
+    """Molmo 2 keeps query, key and value in one, of which key and value are narrower."""
+    pytest.importorskip("transformers.models.molmo2")
+    from transformers import Molmo2TextConfig, Molmo2TextModel
+
+    config = Molmo2TextConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2, head_dim=8,
+        intermediate_size=96, vocab_size=50, additional_vocab_size=4,
+    )  # fmt: skip
+    model = Molmo2TextModel(config)
+    model.save_pretrained(tmp_path)
+    assert any("att_proj" in key for key in load_file(tmp_path / "model.safetensors"))
+    matrices = Checkpoint(tmp_path, writable=True).matrices()
+    for live, stored in zip(matrices_of(model), matrices, strict=True):
+        assert torch.equal(live.read(), stored.read()), live.name
+        live.write(2 * live.read())
+        stored.write(2 * stored.read())
+    loaded = Molmo2TextModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
