@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench coverage clean
+.PHONY: demo test check bench gpu-check coverage clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/hf-rmt demo --out demo-report
@@ -19,6 +19,11 @@ check: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done
 	$(BIN)/python tests/benchmarks/run.py --out docs/benchmarks.md
+
+# In the machine's own environment, where torch knows the GPU.
+gpu-check:
+	$(PYTHON) -m pytest tests/test_gpu.py -rs
+	$(PYTHON) tests/benchmarks/run.py --only llama_blocks --out docs/benchmarks.md
 
 coverage: $(VENV)/dev.done
 	$(BIN)/python tests/coverage/run.py --out docs/coverage.md

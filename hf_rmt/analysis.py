@@ -20,6 +20,7 @@ from hf_rmt.theory.ks_null import MonteCarloNull
 from hf_rmt.theory.marchenko_pastur import MarchenkoPastur, sigma_of
 from hf_rmt.theory.singular_vectors import MIN_ENTRIES, VectorTest, test_vectors
 from hf_rmt.theory.statistics import Law, entry_std_of, outliers, spectrum_statistics
+from hf_rmt.workers import where_it_fits
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,17 @@ def analyse_matrix(
     """
     weight = matrix.read()
     bases = None if bases_of is None else bases_of(matrix, weight)
-    result = analyse_weight(matrix, weight, config, bases)[0]
+    result = where_it_fits(weight, config.device, lambda placed: analyse_weight(matrix, placed, config, bases)[0])
     return replace(result, digest=digest_of(weight)) if digest else result
 
 
 def analyse_weight(
     matrix: WeightMatrix, weight: torch.Tensor, config: AnalysisConfig, bases: Bases | None = None
 ) -> tuple[MatrixResult, SVDFactors | None]:
-    """The same of a matrix that has been read, with its factors; None where vectors were not asked for."""
+    """The same of a matrix that has been read, where its weight is, with its factors; None where vectors were not asked
+    for."""
     precision = torch.finfo(weight.dtype)
-    weight = as_float(weight if config.device is None else weight.to(config.device))
+    weight = as_float(weight)
     row = _labels(matrix)
     if bad := count_not_finite(weight):
         message = f"{bad} of {weight.numel()} entries are NaN or Inf"

@@ -25,6 +25,7 @@ from hf_rmt.run import AnalysisRun
 from hf_rmt.sharing import MatrixTasks, opened
 from hf_rmt.theory.comparison import DECILES, change_stable_rank, energy_by_decile, frobenius_norm, match
 from hf_rmt.theory.decomposition import SVDFactors, as_float
+from hf_rmt.workers import where_it_fits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,9 +71,16 @@ def compare_matrix(before: WeightMatrix, after: WeightMatrix, config: AnalysisCo
     Raises:
         ValueError: a weight cannot be read, or, if ``config.strict``, is not finite.
     """
-    old = before.read()
-    old = old if config.device is None else old.to(config.device)
-    new = after.read().to(old.device)
+    new = after.read()
+    return where_it_fits(
+        before.read(), config.device, lambda old: _compared(before, after, (old, new.to(old.device)), config)
+    )
+
+
+def _compared(
+    before: WeightMatrix, after: WeightMatrix, weights: tuple[torch.Tensor, torch.Tensor], config: AnalysisConfig
+) -> ComparedMatrix:
+    old, new = weights
     first, old_factors = analyse_weight(before, old, config)
     first = replace(first, digest=digest_of(old))
     if old.dtype == new.dtype and torch.equal(old, new):

@@ -7,6 +7,7 @@ of the threads, longest matrices first. The caller's thread settings are put bac
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from typing import TypeVar
 import torch
 
 from hf_rmt.processes import local_count
+
+log = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -73,6 +76,21 @@ def working_bytes(rows: int, cols: int) -> int:
     float64, its left vectors twice, and the square ones with their workspace."""
     short = min(rows, cols)
     return (4 + 3 * 8) * rows * cols + 6 * 8 * short * short
+
+
+def where_it_fits(weight: torch.Tensor, device: str | None, work: Callable[[torch.Tensor], Result]) -> Result:
+    """What ``work`` makes of a weight on a device, None for its own; on the CPU, if that has not the memory."""
+    try:
+        return work(weight if device is None else weight.to(device))
+    except torch.OutOfMemoryError as error:
+        place = weight.device if device is None else torch.device(device)
+        if place.type == "cpu":
+            raise
+        log.warning("%s of shape %s goes to the CPU: %s", place, tuple(weight.shape), str(error).partition("\n")[0])
+    # Out of the handler, whose traceback holds on to what has filled the memory.
+    if torch.accelerator.is_available():
+        getattr(torch.accelerator, "empty_cache", torch.cuda.empty_cache)()  # since torch 2.9
+    return work(weight.cpu())
 
 
 def seconds_estimate(rows: int, cols: int) -> float:

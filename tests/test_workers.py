@@ -156,3 +156,31 @@ def test_resident_memory_is_the_systems() -> None:
     assert abs(before - psutil.Process().memory_info().rss) < 20_000_000
     del held
     assert workers.resident_memory() < before - 50_000_000
+
+
+# A device whose memory is short
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+
+def test_what_a_device_has_no_memory_for_goes_to_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    weight = torch.ones(3, 2).as_subclass(OnDevice)
+
+    def work(placed: torch.Tensor) -> float:
+        if placed.device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
+        return float(placed.sum())
+
+    assert workers.where_it_fits(weight, None, work) == 6
+    assert caplog.messages == ["cuda of shape (3, 2) goes to the CPU: CUDA out of memory. Tried to allocate 9 GiB"]
+    with pytest.raises(torch.OutOfMemoryError):
+        workers.where_it_fits(torch.ones(2), None, lambda placed: (_ for _ in ()).throw(torch.OutOfMemoryError("all")))

@@ -22,6 +22,7 @@ from hf_rmt.theory.ks_null import MonteCarloNull
 from hf_rmt.theory.selection import Side
 from hf_rmt.theory.singular_vectors import VectorTest, test_vectors
 from hf_rmt.theory.statistics import entry_std_of
+from hf_rmt.workers import where_it_fits
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def factored(matrix: WeightMatrix, weight: torch.Tensor, digest: str, config: An
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     try:
-        factors = svd(weight if config.device is None else weight.to(config.device), dtype)
+        factors = where_it_fits(weight, config.device, lambda placed: svd(placed, dtype))
     except ValueError as error:
         raise ValueError(f"{matrix.name}: {error}; repair the weights, or leave it out by its role") from error
     factors = SVDFactors(factors.u, factors.s.cpu(), factors.vh, factors.route)
