@@ -92,17 +92,18 @@ class CollectionRun:
             )
         assemble("collect")
         identity = self._identity()
-        if folder is not None and store.is_saved(folder, "covariances"):
-            return self._finished(folder, identity, batches)
         kept = None
         if folder is not None:
             kind = UnfinishedBlocks if self.config.sequential else UnfinishedCovariances
             kept = kind(folder, identity, self.rank)
-        with failing_together():
-            done = self._collected(batches, kept)
-        result = self.joined(done, origin, identity["fingerprints"])
-        if folder is not None:
-            self._save(result, folder)
+        if folder is not None and store.is_saved(folder, "covariances"):
+            result = self._finished(folder, identity, batches)
+        else:
+            with failing_together():
+                done = self._collected(batches, kept)
+            result = self.joined(done, origin, identity["fingerprints"])
+            if folder is not None:
+                self._save(result, folder)
         if kept is not None:
             kept.remove()
         return result
@@ -214,7 +215,7 @@ class CollectionRun:
             done = replace(done, passes=self._planned(first[0], done.apart))
         sites = [self.sites[key] for key in done.passes[done.done]]
         collector = Collector(self.model, sites, done.apart, guest=self.in_step)
-        collector.earlier = done.batches
+        collector.earlier, collector.resumed = done.batches, dict(done.running)
         words = f"pass {done.done + 1} of {len(done.passes)}"
         shown = self.config.progress if self.rank == 0 else False
         number, chain = 0, ""
@@ -250,14 +251,19 @@ class CollectionRun:
             yield
 
     def _with_sums(self, earlier: Collected, collector: Collector, **progress: Any) -> Collected:
-        """With what a collector has summed since. In a pass that goes on after a kill, other sites may share."""
-        sums, owners = collector.result(final="done" in progress)
+        """With what a collector has summed, which is whole once the pass is ``done``.
+
+        In a pass that goes on after a kill, other sites may share.
+        """
+        owners = collector.owners()
         if earlier.batches:
             moved = [site for site, owner in owners.items() if earlier.owners.get(site, site) != owner]
             anywhere = list(itertools.chain(*gather(moved))) if self.in_step else moved
             if anywhere:
                 raise SharingChangedError(anywhere[0])
-        return earlier.with_sums(sums, owners, **progress)
+        if "done" not in progress:
+            return earlier.with_sums({}, owners, running=collector.sums(), **progress)
+        return earlier.with_sums(collector.result(final=True)[0], owners, running={}, **progress)
 
     def _is_due(self, kept: UnfinishedCovariances) -> bool:
         return any(gather(kept.due())) if self.in_step else kept.due()

@@ -113,6 +113,7 @@ class Collector:
         known_masks: masks of the next batch, where what is called is a block, whose arguments do not tell them.
         skipped: names of matrices for whose sums there was no memory.
         earlier: batches summed before, by a run that was killed; errors count them.
+        resumed: its sums, by the key of their site, that nothing was added to yet.
         error: what ended the collection, of a ``guest``.
         training_only: count forward passes with gradients alone, not those of references and generations.
     """
@@ -141,6 +142,7 @@ class Collector:
         self.summing = summing
         self.batches = 0
         self.earlier = 0
+        self.resumed: dict[str, MomentSum] = {}
         self.unfit: set[str] = set()
         self.keep_rows: int | Callable[[int], int | None] | None = None
         self.known_masks: TokenMasks | None = None
@@ -270,17 +272,18 @@ class Collector:
                     f"{site.names[0]}: activations of {activations.shape[-1]} features for a weight of {site.width}"
                 )
             leader = self._leader(site, activations)
-            total = MomentSum(site.width) if self.summing and leader is None and self._fits(site, activations) else None
+            total = self._sum_of(site, activations) if self.summing and leader is None else None
             self._states[site.key] = _State(site, total, leader)
         return self._states[site.key]
 
-    def _fits(self, site: Site, activations: torch.Tensor) -> bool:
+    def _sum_of(self, site: Site, activations: torch.Tensor) -> MomentSum | None:
+        """A sum for a site, or that of the run that was killed; None if there is no memory for it."""
         needed = MomentSum.bytes_for(site.width, activations.dtype)
         if needed > self.memory:
             self.skipped.append(site.names[0])
-            return False
+            return None
         self.memory -= needed
-        return True
+        return self.resumed.pop(site.key, None) or MomentSum(site.width)
 
     def _leader(self, site: Site, activations: torch.Tensor) -> _State | None:
         """A site of this batch with the same tensor. Once batches were summed it is too late to share."""
@@ -304,8 +307,11 @@ class Collector:
 
     def result(self, final: bool = False) -> tuple[dict[str, Moments], dict[str, str]]:
         """Moments by the key of the site that summed them, and the ``owners``; after a ``final`` one no more."""
-        sums = {key: state.sum.moments(final) for key, state in self._states.items() if state.sum is not None}
-        return sums, self.owners()
+        return {key: total.moments(final) for key, total in self.sums().items()}, self.owners()
+
+    def sums(self) -> dict[str, MomentSum]:
+        """The sums themselves, by the key of the site that sums."""
+        return self.resumed | {key: state.sum for key, state in self._states.items() if state.sum is not None}
 
     def owners(self) -> dict[str, str]:
         """For every site that was seen, the key of the one whose sum is its own."""

@@ -24,6 +24,27 @@ class MomentSum:
         self._pending_tokens = 0
         self._eps = 0.0
         self._origin: torch.Tensor | None = None
+        self._home: torch.device | None = None
+
+    @classmethod
+    def resumed(cls, tensors: dict[str, torch.Tensor], counts: list[int]) -> MomentSum:
+        """One that goes on, to the bit, where another was when its ``state`` was taken."""
+        found = cls(len(tensors["total"]))
+        found.tokens, found._pending_tokens = counts
+        found._origin, found._pending, found._total = (tensors[name] for name in ("origin", "pending", "total"))
+        found._outer = tensors.get("outer")
+        found._eps = torch.finfo(found._pending.dtype).eps
+        return found
+
+    def state(self) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """All that it holds, for ``resumed``: tensors on the CPU and counts; no tensors where it has no tokens.
+
+        Taking it changes nothing: where products go into the float64 sum decides the last bits.
+        """
+        names = ("origin", "pending", "total", "outer") if self.tokens else ()
+        held = {name: getattr(self, f"_{name}") for name in names}
+        tensors = {name: tensor.cpu() for name, tensor in held.items() if tensor is not None}
+        return tensors, [self.tokens, self._pending_tokens]
 
     @staticmethod
     def bytes_for(width: int, dtype: torch.dtype = torch.float32) -> int:
@@ -42,6 +63,8 @@ class MomentSum:
         if self._origin is None:
             self._begin(rows)
         assert self._origin is not None
+        if self._home is None:
+            self._settle(rows.device)
         if rows.device != self._origin.device or rows.dtype != self._origin.dtype:
             rows = rows.to(self._origin)
         rows = rows - self._origin
@@ -63,18 +86,25 @@ class MomentSum:
         self._origin = origin
         self._eps = torch.finfo(rows.dtype).eps
         self._pending = rows.new_zeros(self.width, self.width)
-        self._home = torch.device("cpu") if rows.device.type == "mps" else rows.device  # no float64 there
         self._outer: torch.Tensor | None = None
-        self._total = torch.zeros(self.width, dtype=torch.float64, device=self._home)
+        self._total = torch.zeros(self.width, dtype=torch.float64)
+
+    def _settle(self, device: torch.device) -> None:
+        """Have the sums where the activations are."""
+        assert self._origin is not None
+        self._home = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+        self._origin, self._pending = self._origin.to(device), self._pending.to(device)
+        self._total = self._total.to(self._home)
+        self._outer = None if self._outer is None else self._outer.to(self._home)
 
     def _flush(self) -> torch.Tensor:
         """The float64 sum with all products in it, of which the lower triangle counts."""
         if self._outer is None:
-            self._outer = self._pending.to(self._home, torch.float64, copy=True)
+            self._outer = self._pending.to(self._total, copy=True)
             self._pending.zero_()
         elif self._pending_tokens:
             for rows, cols in triangle(self.width):
-                self._outer[rows, cols] += self._pending[rows, cols].to(self._home)
+                self._outer[rows, cols] += self._pending[rows, cols].to(self._outer.device)
                 self._pending[rows, cols] = 0
         self._pending_tokens = 0
         return self._outer

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_rmt.models.moment_sums import MomentSum
 from hf_rmt.reports import store
 from hf_rmt.theory.covariance import Moments
 
@@ -30,7 +31,8 @@ class Collected:
         done: number of passes that are done.
         batches: batches done in the pass after them.
         chain: hash of those batches, in their order.
-        sums: moments by the key of the site that summed.
+        sums: moments by the key of the site that summed, of the passes that are done.
+        running: sums of the pass after them.
         owners: for each site seen, the key of its sum.
     """
 
@@ -40,12 +42,12 @@ class Collected:
     batches: int = 0
     chain: str = ""
     sums: dict[str, Moments] = field(default_factory=dict)
+    running: dict[str, MomentSum] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
 
     def with_sums(self, sums: Mapping[str, Moments], owners: Mapping[str, str], **progress: Any) -> Collected:
-        """With further sums added, and other progress."""
-        added = {key: self.sums[key] + moments if key in self.sums else moments for key, moments in sums.items()}
-        return replace(self, sums=self.sums | added, owners=self.owners | dict(owners), **progress)
+        """With further sums, and other progress."""
+        return replace(self, sums=self.sums | dict(sums), owners=self.owners | dict(owners), **progress)
 
 
 class UnfinishedCovariances:
@@ -73,7 +75,12 @@ class UnfinishedCovariances:
             key: Moments(tensors[f"{key}/outer"], tensors[f"{key}/total"], tokens, eps)
             for key, (tokens, eps) in described.pop("sums").items()
         }
-        return Collected(sums=sums, **described)
+        running = {}
+        for key, counts in described.pop("running").items():
+            names = [name for name in tensors if name.startswith(_running(key))]
+            held = {name.removeprefix(_running(key)): tensors[name] for name in names}
+            running[key] = MomentSum.resumed(held, counts)
+        return Collected(sums=sums, running=running, **described)
 
     def due(self) -> bool:
         """Whether it is time to write again."""
@@ -86,15 +93,20 @@ class UnfinishedCovariances:
 
     def _write(self, path: Path, collected: Collected) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        described = {key: value for key, value in vars(collected).items() if key != "sums"}
+        tensors = tensors_of(collected.sums)
+        described = vars(collected) | {"identity": self.identity, "running": {}}
         described["sums"] = {key: [moments.tokens, moments.eps] for key, moments in collected.sums.items()}
-        store.save_tensors(
-            path, tensors_of(collected.sums), {"collected": json.dumps(described | {"identity": self.identity})}
-        )
+        for key, total in collected.running.items():
+            held, counts = total.state()
+            if held:
+                tensors |= {_running(key) + part: tensor for part, tensor in held.items()}
+                described["running"][key] = counts
+        store.save_tensors(path, tensors, {"collected": json.dumps(described)})
 
     def remove(self) -> None:
-        """Delete it, once the covariances are saved."""
-        self.path.unlink(missing_ok=True)
+        """Delete it, once the covariances are saved, and what is left of writing it where that was killed."""
+        for path in self.folder.glob(f"{self.path.name}*"):
+            path.unlink(missing_ok=True)
 
 
 class UnfinishedBlocks(UnfinishedCovariances):
@@ -157,6 +169,11 @@ class UnfinishedBlocks(UnfinishedCovariances):
         """Delete all of it, once the covariances are saved."""
         super().remove()
         shutil.rmtree(self.parts, ignore_errors=True)
+
+
+def _running(key: str) -> str:
+    """What the names of the tensors of a sum that is not done begin with."""
+    return f"{key}/running/"
 
 
 def tensors_of(sums: Mapping[str, Moments]) -> dict[str, torch.Tensor]:

@@ -72,6 +72,22 @@ def test_moments_can_be_taken_on_the_way() -> None:
     assert error(first, rows[:40]) < 1e-14 and error(total.moments(), rows) < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_goes_on_from_its_state_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before products have gone into the float64 sum and after; a state that is taken changes nothing."""
+    monkeypatch.setattr(moment_sums, "_FLUSH_TOKENS", 25)
+    rows = torch.randn(100, 12, generator=torch.Generator().manual_seed(0)).to(dtype) + 3
+    whole, total = summed(rows, (10,) * 10), MomentSum(12)
+    for part in rows.split(10):
+        tensors, counts = total.state()
+        copied = {name: tensor.clone() for name, tensor in tensors.items()}
+        total = MomentSum.resumed(copied, counts) if copied else total
+        total.add(part)
+    found = total.moments()
+    assert torch.equal(found.outer, whole.outer) and torch.equal(found.total, whole.total)
+    assert (found.tokens, found.eps) == (whole.tokens, whole.eps)
+
+
 def test_nothing_summed() -> None:
     total = MomentSum(5)
     total.add(torch.zeros(0, 5))
