@@ -312,12 +312,18 @@ def refuse_another(folder: Path, base: str, is_same: Callable[[Any], bool], over
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give a folder")
-    holds_model = _loadable(path.name for path in folder.glob("*"))
-    if holds_model and not overwrite and not is_same(_earlier(folder)):
+    model, earlier = _loadable(path.name for path in folder.glob("*")), _earlier(folder)
+    if model and not overwrite and not is_same(earlier) and not _is_half_moved(folder, model, earlier):
         raise ValueError(
             f"{folder} holds a model that, for all that is known, was not made from these weights of {base} by hf_rmt: "
             "give another folder, or overwrite=True to replace it"
         )
+
+
+def _is_half_moved(folder: Path, model: list[str], earlier: dict[str, Any] | None) -> bool:
+    """Whether these files are those of a ``write`` that was killed before ``config.json``, the last, was in place."""
+    waits = "config.json" not in model and (folder / _INCOMING / "config.json").is_file()
+    return waits and earlier is not None and {*model} <= {*earlier["files"]}
 
 
 def _earlier(folder: Path) -> dict[str, Any] | None:

@@ -318,6 +318,23 @@ def test_a_save_that_fails_leaves_all_as_it_was(there: bool, make: Maker, tmp_pa
     assert folder.exists() == there and contents(folder) == before
 
 
+def test_a_save_that_was_killed_is_done_again(make: Maker, tmp_path: Path) -> None:
+    """What it left in the place of a model is nobody else's, unless another file is there."""
+    small, folder = make("plain"), tmp_path / "out"
+    expected = contents(save_sliced(small, folder))
+    for moved in (["config.json"], ["config.json", "generation_config.json"], ["config.json", "model.safetensors"]):
+        (folder / ".incoming-model").mkdir()
+        for name in moved:  # which were still to come
+            (folder / name).rename(folder / ".incoming-model" / name)
+        refuse_another_model(small, folder)
+        assert contents(save_sliced(small, folder)).keys() == expected.keys()
+    (folder / ".incoming-model").mkdir()
+    (folder / "config.json").rename(folder / ".incoming-model" / "config.json")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"another's")
+    with pytest.raises(ValueError, match="not made from these weights of base"):
+        save_sliced(small, folder)
+
+
 # What cannot be saved
 
 
