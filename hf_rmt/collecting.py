@@ -24,6 +24,7 @@ from hf_rmt.processes import (
     add_up,
     assemble,
     broadcast,
+    by_the_first,
     failing_together,
     gather,
     local_count,
@@ -141,6 +142,7 @@ class CollectionRun:
         store.refuse_other(folder, {"fingerprints": found.fingerprints}, {"fingerprints": identity["fingerprints"]})
         wanted = self._conditions() | {"data": gather(chain)}
         store.refuse_other(folder, found.settings, wanted)
+        by_the_first(lambda: store.settle(folder, "covariances"))
         return found
 
     # In one process

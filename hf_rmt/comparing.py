@@ -186,12 +186,15 @@ class ComparisonRun:
         tasks = self._tasks()
         if by_the_first(lambda: store.is_saved(folder, "comparison")):
             return self._finished(folder, tasks, check)
-        identity = {"before": self.before.identity(), "after": self.after.identity()}
-        with opened(folder, identity, ComparedMatrix) as unfinished:
+        with opened(folder, self._identity(), ComparedMatrix) as unfinished:
             comparison = self._comparison(tasks.kept(unfinished, check))
             by_the_first(lambda: comparison.save(folder))
             unfinished.remove()
         return comparison
+
+    def _identity(self) -> dict[str, Any]:
+        """What a folder must have been made for."""
+        return {"before": self.before.identity(), "after": self.after.identity()}
 
     def _finished(
         self, folder: Path, tasks: MatrixTasks[ComparedMatrix], check: Callable[[int, Any], None]
@@ -202,6 +205,7 @@ class ComparisonRun:
         store.refuse_other(folder, earlier.settings | {"matrices": list(earlier)}, wanted)
         found = [ComparedMatrix(earlier.before[name], earlier.after[name], earlier[name]) for name in earlier]
         tasks.check(found, check)
+        by_the_first(lambda: store.settle(folder, "comparison", self._identity()))
         return earlier
 
     def _check_same_weights(self, folder: Path, index: int, found: ComparedMatrix) -> None:

@@ -87,6 +87,7 @@ class AnalysisRun:
         store.refuse_other(folder, {key: report.settings.get(key) for key in wanted}, wanted)
         store.refuse_other(folder, {"matrices": list(report)}, {"matrices": [matrix.name for matrix in self.matrices]})
         tasks.check(list(report.values()), check)
+        by_the_first(lambda: store.settle(folder, "report", self.identity()))
         return report
 
     def _check_same_weights(self, folder: Path, index: int, earlier: MatrixResult) -> None:

@@ -88,6 +88,29 @@ def is_saved(folder: Path, kind: Kind) -> bool:
     return current(folder, kind, _manifest(kind)).is_file()
 
 
+def settle(folder: Path, kind: Kind, identity: dict[str, Any] | None = None) -> None:
+    """Do the rest for a run that was killed once its result was whole: its files in place, its partial results gone.
+
+    ``identity``: of its partial results, if there may be some; those of another run stay. Nothing is done where
+    another process is at work in the folder.
+    """
+    stage, partial = _stage(folder, kind), folder / "partial"
+    try:
+        lock = _lock(partial) if partial.is_dir() else None
+    except ValueError:
+        return
+    with lock or contextlib.nullcontext():
+        if (stage / _manifest(kind)).is_file():
+            _move_into_place(stage, kind)
+        if identity is not None and _is_of(partial / "run.json", identity):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_of(run: Path, identity: dict[str, Any]) -> bool:
+    """Whether partial results are of this run; without their ``run.json``, which says so, nobody goes on with them."""
+    return not run.is_file() or json.loads(run.read_text()) == json.loads(json.dumps(identity))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON through a file beside it, so that the file is never half there."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write one file
