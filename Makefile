@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench gpu-check coverage clean
+.PHONY: demo test kill-test check bench gpu-check coverage clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/hf-rmt demo --out demo-report
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest
+
+kill-test: $(VENV)/test.done
+	$(BIN)/python tests/kills/run.py
 
 check: $(VENV)/dev.done
 	$(BIN)/ruff format --check
