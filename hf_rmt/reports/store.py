@@ -143,19 +143,22 @@ def read_manifest(folder: Path, kind: Kind) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Safetensors through a file beside it."""
+    """Safetensors through a file beside it, in a folder: the library makes one of its own there, of any name."""
     from safetensors.torch import save_file
 
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write one file
+    whole = beside / path.name
     try:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, beside, metadata=metadata)
-        _sync(beside)
-        os.replace(beside, path)
+        beside.mkdir(exist_ok=True)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, whole, metadata=metadata)
+        _sync(whole)
+        os.replace(whole, path)
     except Exception as error:
-        beside.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise
         raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

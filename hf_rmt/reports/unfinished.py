@@ -105,8 +105,9 @@ class UnfinishedCovariances:
 
     def remove(self) -> None:
         """Delete it, once the covariances are saved, and what is left of writing it where that was killed."""
-        for path in self.folder.glob(f"{self.path.name}*"):
-            path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        for beside in self.folder.glob(f"{self.path.name}.*.part"):
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 class UnfinishedBlocks(UnfinishedCovariances):
