@@ -10,6 +10,7 @@ from hf_rmt.comparing import ComparisonRun, analyzers_of
 from hf_rmt.config import AnalysisConfig, CollectConfig
 from hf_rmt.models.discovery import LeftOut
 from hf_rmt.models.matrices import WeightMatrix, select
+from hf_rmt.processes import assemble
 from hf_rmt.reports.comparison import ModelComparison
 from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.reports.report import AnalysisReport
@@ -157,6 +158,7 @@ class RMTAnalyzer:
         """
         settings = AnalysisConfig.of(config, options)
         matrices = select(self.matrices, roles, blocks)
+        assemble("analyze")
         run = AnalysisRun(matrices, settings, self.origin, covariances)
         if folder is None:
             return run.analysed()
@@ -237,6 +239,7 @@ class RMTAnalyzer:
         """
         settings = AnalysisConfig.of(config, options)
         run = ComparisonRun(*analyzers_of(before, after), settings, roles, blocks)
+        assemble("compare")
         if folder is None:
             return run.compared()
         return run.in_folder(Path(folder))

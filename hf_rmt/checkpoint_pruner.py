@@ -22,7 +22,7 @@ from hf_rmt.models.checkpoints import Checkpoint
 from hf_rmt.models.digests import digest_of
 from hf_rmt.models.matrices import WeightMatrix, select
 from hf_rmt.models.origins import Original
-from hf_rmt.processes import by_the_first
+from hf_rmt.processes import assemble, by_the_first
 from hf_rmt.pruner import chosen_blocks, chosen_roles, one_of
 from hf_rmt.sharing import MatrixTasks, opened
 from hf_rmt.surgery.description import AFFECTED, row_of
@@ -134,6 +134,7 @@ class CheckpointPruner:
             OSError: the folder cannot be written, or the checkpoint not be read.
             RuntimeError: another process failed.
         """
+        assemble("prune")
         place, scores = Path(folder).absolute(), read_scores(metrics)
         empty = self._record([], scores)
         by_the_first(lambda: hub.refuse_another(place, empty.original.base, empty.same_original, overwrite))
@@ -211,7 +212,7 @@ class CheckpointPruner:
                 load: Any = matrix.load
                 groups[matrix.parameter, matrix.expert if load.alone(matrix.expert) else None].append(matrix)
         work: Callable[..., PrunedMatrices] = lambda *matrices: self._pruned(matrices, written)  # noqa: E731
-        return MatrixTasks([tuple(own) for own in groups.values()], lambda indices: work, self.config, "prune")
+        return MatrixTasks([tuple(own) for own in groups.values()], lambda indices: work, self.config)
 
     def _pruned(self, matrices: Sequence[WeightMatrix], written: dict[str, WeightMatrix]) -> PrunedMatrices:
         """Write some matrices without what is selected."""

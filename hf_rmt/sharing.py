@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from typing import Any, Generic, TypeVar
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.processes import (
-    assemble,
     by_the_first,
     failing_together,
     gather,
@@ -32,20 +32,19 @@ Made = TypeVar("Made")
 class MatrixTasks(Generic[Result]):
     """The same work on each of many matrices, or pairs of them.
 
-    Over several processes each does its share, the longest first, and all get all results; all must call. Where they
+    Over several processes, which have to ``assemble`` before, each does its share, the longest first, and all get all
+    results. Where they
     hold the weights together (FSDP2, ZeRO-3) they read them in step, and each works on what its turn gives it.
 
     Attributes:
         matrices: those of each task; the first gives it its name.
         work_on: of the positions of the tasks that this process will do, what makes a result of one's matrices.
         config: where and how many at a time, and whether a bar is shown.
-        what: what is done, in a word.
     """
 
     matrices: Sequence[tuple[WeightMatrix, ...]]
     work_on: Callable[[Sequence[int]], Callable[..., Result]]
     config: AnalysisConfig
-    what: str = "analyze"
 
     def results(self) -> list[Result]:
         """Those of all tasks.
@@ -65,7 +64,8 @@ class MatrixTasks(Generic[Result]):
         with failing_together():
             for index in sorted(set().union(*there)):
                 # Processes of several machines may each see files of their own.
-                mine = next(process for process, own in enumerate(there) if index in own) == rank
+                seeing = [process for process, own in enumerate(there) if index in own]
+                mine = seeing[index % len(seeing)] == rank
                 earlier = partial.read(index) if mine or self.in_step else None
                 if earlier is not None:
                     check(index, earlier)
@@ -79,22 +79,28 @@ class MatrixTasks(Generic[Result]):
             for index in range(len(results)) if self.in_step else range(rank, len(results), count):
                 check(index, results[index])
 
-    @property
+    @functools.cached_property
     def in_step(self) -> bool:
         """Whether several processes read together."""
         return rank_and_count()[1] > 1 and any(_is_collective(matrix) for own in self.matrices for matrix in own)
 
     def _all(self, found: dict[int, Result], partial: store.PartialRun | None) -> list[Result]:
         """What is left to do is done."""
-        assemble(self.what)
         done = {index for own in gather(list(found)) for index in own}
         left = [index for index in range(len(self.matrices)) if index not in done]
-        with stopping_together() as check_others:
-            for index, result in self._in_rounds(left) if self.in_step else self._own(left):
-                if partial is not None:
-                    partial.write(index, result)
-                found[index] = result
-                check_others()
+
+        def keep(index: int, result: Result) -> None:
+            if partial is not None:
+                partial.write(index, result)
+            found[index] = result
+
+        if self.in_step:
+            self._do_in_rounds(left, keep)
+        else:
+            with stopping_together() as check_others:
+                for index, result in self._own(left):
+                    keep(index, result)
+                    check_others()
         everything = {index: result for own in gather(found) for index, result in own.items()}
         return [everything[index] for index in range(len(self.matrices))]
 
@@ -113,7 +119,7 @@ class MatrixTasks(Generic[Result]):
         first = [own[0] for own in self.matrices]
         return matrix_by_matrix(first, mine, lambda index: work(*self.matrices[index]), workers, shown, finished)
 
-    def _in_rounds(self, left: list[int]) -> Iterator[tuple[int, Result]]:
+    def _do_in_rounds(self, left: list[int], keep: Callable[[int, Result], None]) -> None:
         """The same where all processes read each matrix together: one a process, then each works on its own."""
         rank, count = rank_and_count()
         order = sorted(left, key=self._cost, reverse=True)
@@ -122,7 +128,6 @@ class MatrixTasks(Generic[Result]):
             for start in range(0, len(order), count):
                 taken = order[start : start + count]
                 advance(self.matrices[taken[0]][0].name, 0)
-                results: list[tuple[int, Result]] = []
                 with failing_together():
                     for turn, index in enumerate(taken):
                         held = [_held(matrix) for matrix in self.matrices[index]]
@@ -130,8 +135,8 @@ class MatrixTasks(Generic[Result]):
                             own, matrices = index, held
                     if rank < len(taken):
                         with _naming(matrices[0]):
-                            results = [(own, work(*matrices))]
-                yield from results
+                            result = work(*matrices)
+                        keep(own, result)
                 advance("", len(taken))
 
 

@@ -15,7 +15,7 @@ from hf_rmt.evaluation import Scores
 from hf_rmt.models.digests import digest_of, text_digest, value_digest
 from hf_rmt.models.live import is_sharded, unwrap
 from hf_rmt.models.matrices import WeightMatrix
-from hf_rmt.processes import alone, broadcast, by_the_first, failing_together, gather, rank_and_count
+from hf_rmt.processes import alone, assemble, broadcast, by_the_first, failing_together, gather, rank_and_count
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
 from hf_rmt.reports.sweep import NONE, Cell, SweepTable, of_same_size
@@ -104,6 +104,7 @@ class SweepRun:
         Raises:
             ValueError: the model does not beat the largest class by the margin.
         """
+        assemble("sweep")
         if self.processes > 1:
             self._refuse_other_processes(self.identity())
         return self._table(self._measured({}, None))
@@ -115,6 +116,7 @@ class SweepRun:
             ValueError: also where the folder belongs to another sweep.
             OSError: it cannot be written.
         """
+        assemble("sweep")
         identity = self.identity()
         self._refuse_other_processes(identity)
         if broadcast(store.is_saved(folder, "sweep")):

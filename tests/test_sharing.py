@@ -232,7 +232,7 @@ processes._LATE = datetime.timedelta(seconds=2)
 rank, _ = processes.rank_and_count()
 try:
     if rank == 0:
-        RMTAnalyzer(nn.Linear(4, 4)).analyze(progress=False)
+        RMTAnalyzer(nn.Linear(4, 4)).analyze(folder=sys.argv[1], progress=False)
 except RuntimeError as error:
     print(str(error)[:120])
 with processes.alone():
@@ -245,7 +245,9 @@ def test_a_process_that_does_not_come_is_missed(tmp_path: Path) -> None:
     script = tmp_path / "absent.py"
     script.write_text(_ABSENT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path / "out")], capture_output=True, text=True, check=False, timeout=120
+    )
     lines = done.stdout.splitlines()
     assert any(
         line.startswith("all processes of a launch have to analyze together, and 1 did not come") for line in lines
