@@ -28,9 +28,10 @@ _SIZES: dict[str, Any] = dict(vocab_size=_VOCABULARY, num_attention_heads=4, num
 Work = Callable[[Path], object]
 
 
-def _llama(width: int) -> nn.Module:
+def _llama(width: int, **sizes: int) -> nn.Module:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(hidden_size=width, intermediate_size=2 * width, **_SIZES)).eval()
+    config = LlamaConfig(hidden_size=width, intermediate_size=2 * width, **{**_SIZES, **sizes})
+    return LlamaForCausalLM(config).eval()
 
 
 def _batches(count: int) -> list[dict[str, torch.Tensor]]:
@@ -39,7 +40,7 @@ def _batches(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def _analysis() -> Work:
-    analyzer = RMTAnalyzer(_llama(160))
+    analyzer = RMTAnalyzer(_llama(96, num_hidden_layers=10))
     return lambda folder: analyzer.analyze(folder=folder, workers=cores(), progress=False)
 
 

@@ -9,8 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets  # noqa: F401  # these once, and not in the work of every job
+import evaluate  # noqa: F401
 import jobs
+import pandas  # noqa: F401
 import psutil
+import pyarrow.parquet  # noqa: F401
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 #: Seconds that a job, or what is left of one, may take.
