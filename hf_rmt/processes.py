@@ -8,6 +8,7 @@ import heapq
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -128,14 +129,15 @@ def assemble(what: str) -> None:
     store, meeting = _store(), next(_MEETINGS)
     keys = [f"hf_rmt/{meeting}/here/{process}" for process in range(count)]
     store.set(keys[rank], "")
-    try:
-        store.wait(keys, _LATE)
-    except RuntimeError as error:
-        missing = ", ".join(str(process) for process, key in enumerate(keys) if not store.check([key]))
-        raise RuntimeError(
-            f"all processes of a launch have to {what} together, and {missing} did not come within {_LATE}: call it in "
-            "all, or in one alone under hf_rmt.processes.alone()"
-        ) from error
+    deadline = time.monotonic() + _LATE.total_seconds()
+    while not store.check(keys):  # store.wait would not hear a signal
+        if time.monotonic() > deadline:
+            missing = ", ".join(str(process) for process, key in enumerate(keys) if not store.check([key]))
+            raise RuntimeError(
+                f"all processes of a launch have to {what} together, and {missing} did not come within {_LATE}: call "
+                "it in all, or in one alone under hf_rmt.processes.alone()"
+            )
+        time.sleep(0.01)
 
 
 def gather(value: Any) -> list[Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from hf_rmt import RMTAnalyzer, SVDPruner, save_sliced
+from hf_rmt import CheckpointPruner, Decile, RMTAnalyzer, SVDPruner, save_sliced
 from hf_rmt.evaluation import Perplexity
 from hf_rmt.processes import gather, rank_and_count
 from hf_rmt.reports import unfinished
@@ -39,12 +39,12 @@ def _batches(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(_VOCABULARY, (4, 32), generator=generator)} for _ in range(count)]
 
 
-def _analysis() -> Work:
+def _analysis(place: Path) -> Work:
     analyzer = RMTAnalyzer(_llama(96, num_hidden_layers=10))
     return lambda folder: analyzer.analyze(folder=folder, workers=cores(), progress=False)
 
 
-def _collection() -> Work:
+def _collection(place: Path) -> Work:
     unfinished.KEEP_EVERY = 0.1
     torch.manual_seed(0)
     model = BertModel(BertConfig(hidden_size=128, intermediate_size=256, **_SIZES)).eval()
@@ -54,12 +54,12 @@ def _collection() -> Work:
     return lambda folder: analyzer.collect(batches, outputs=True, memory=memory, folder=folder, progress=False)
 
 
-def _sweep() -> Work:
+def _sweep(place: Path) -> Work:
     pruner, evaluate = SVDPruner(_llama(64), progress=False), Perplexity(_batches(1))
     return lambda folder: pruner.sweep(evaluate, deciles=[1, 4, 7, 10], controls=1, folder=folder, progress=False)
 
 
-def _slice() -> Work:
+def _slice(place: Path) -> Work:
     pruner, batches = SVDPruner(_llama(256), progress=False), _batches(40)
 
     def work(folder: Path) -> None:
@@ -69,18 +69,30 @@ def _slice() -> Work:
     return work
 
 
+def _pruning(place: Path) -> Work:
+    base = place / "base"
+    if rank_and_count()[0] == 0 and not base.is_dir():
+        _llama(128).save_pretrained(base, max_shard_size="1MB")
+    gather(None)
+    pruner = CheckpointPruner(base, progress=False)
+    pruner.remove(Decile(10))
+
+    return pruner.save_pretrained
+
+
 #: By its name: makes the model and the data of a job, and gives what is to be done with them.
-JOBS: dict[str, Callable[[], Work]] = {
+JOBS: dict[str, Callable[[Path], Work]] = {
     "analyze": _analysis,
     "collect": _collection,
     "sweep": _sweep,
     "slice": _slice,
+    "prune": _pruning,
 }
 
 
 def run(kind: str, place: Path) -> None:
     """Do a job, in one process or in each of several."""
-    work = JOBS[kind]()
+    work = JOBS[kind](place)
     rank, _ = rank_and_count()
     gather(None)  # work begins where all are ready
     (place / f"began-{rank}-{os.getpid()}").touch()

@@ -34,7 +34,7 @@ def whole(kind: str, folder: Path) -> Contents | None:
     Raises:
         Exception: there is one, and it cannot be read.
     """
-    if kind == "slice":
+    if kind in ("slice", "prune"):
         files = contents(folder) if (folder / "config.json").is_file() else None
         return files and {name: value for name, value in files.items() if not name.startswith(".")}
     name, result = _RESULTS[kind]
@@ -46,7 +46,8 @@ def whole(kind: str, folder: Path) -> Contents | None:
 
 def kept(folder: Path) -> bool:
     """Whether a run that goes on in a folder finds something of an earlier one."""
-    return any(folder.glob("partial/*.safetensors")) or any(folder.glob("unfinished-*.safetensors"))
+    patterns = ("partial/*.safetensors", "unfinished-*.safetensors", ".unfinished-pruning/partial/*.safetensors")
+    return any(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def differences(found: Contents, expected: Contents) -> list[str]:

@@ -1,6 +1,6 @@
 """Kills jobs at random moments, starts them again in the same folder, and compares what comes out.
 
-    python tests/kills/run.py [--only analyze collect sweep slice] [--times 20] [--seed 0]
+    python tests/kills/run.py [--only analyze collect sweep slice prune] [--times 20] [--seed 0]
 
 Each kind of job runs as one process and as two, and is killed as often as each: all of it, or one of two processes, of
 which the other then has to end too. Exit status: 0 when every result is that of an undisturbed run, to the bit; 1 when
@@ -23,7 +23,7 @@ from launching import Job
 from rich.console import Console
 from rich.table import Table
 
-KINDS = ("analyze", "collect", "sweep", "slice")
+KINDS = ("analyze", "collect", "sweep", "slice", "prune")
 
 
 @dataclass
