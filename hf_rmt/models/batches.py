@@ -97,7 +97,7 @@ class Batches:
         try:
             table = inner.get_input_embeddings()
             # A table that is sharded by ZeRO-3, or packed, has another number of rows.
-            count = table.num_embeddings if isinstance(table, nn.Embedding) else len(table.weight)
+            count = getattr(table, "num_embeddings", None) or len(table.weight)
         except (NotImplementedError, AttributeError, TypeError):  # of two towers, or not a table
             return
         if isinstance(ids, torch.Tensor) and ids.numel() and int(ids.max()) >= count:
@@ -109,9 +109,17 @@ class Batches:
     def _economies(self, parameters: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments that spare work of which nothing is seen: a cache, and logits of every token."""
         spared: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
-        if "logits_to_keep" in parameters and "labels" not in chosen and not self.every_logit:
+        some = "labels" not in chosen and not self.every_logit and not _drops_tokens(self.inner)
+        if some and "logits_to_keep" in parameters:
             spared["logits_to_keep"] = 1
         return spared
+
+
+def _drops_tokens(model: Any) -> bool:
+    """Whether a model whose last layers share keys and values runs these for the tokens of the logits alone."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(text, "num_kv_shared_layers", 0))
 
 
 def _is_text(data: Any) -> bool:

@@ -281,7 +281,7 @@ class LiveParameter:
             )
         try:
             return coding.values(module, self.name, expert)
-        except (ImportError, AttributeError, TypeError, NotImplementedError) as error:
+        except Exception as error:  # whatever the library meets in what it has packed
             raise ValueError(
                 f"{self.full} is stored as {coding.name} values, which the library installed here cannot dequantise "
                 f"({error}): {coding.remedy}"

@@ -81,8 +81,8 @@ def refuse_unknown(path: str, module: nn.Module) -> None:
     """
     if coding_of(module, "weight") is not None:
         return
-    # Modules that hold others may have masks and tables of their own in buffers.
-    tensors = {**module._parameters, **({} if module._modules else module._buffers)}
+    # Integers in buffers may be masks and tables as well, and in modules that hold others are.
+    tensors = {**module._parameters, **(module._buffers if _has_codes_in_buffers(module) else {})}
     codes = [name for name, tensor in tensors.items() if tensor is not None and _is_code(tensor)]
     codes += [name for name in _NO_TENSORS if hasattr(module, name)]
     if codes:
@@ -97,6 +97,19 @@ _PACKED = {torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torc
 _PACKED.add(getattr(torch, "float4_e2m1fn_x2", torch.uint8))  # torch 2.8
 #: Codes that are no tensors: experts in MXFP4 for triton kernels, torch's own quantised recurrent layers.
 _NO_TENSORS = ("gate_up_proj_precision_config", "_all_weight_values")
+
+
+def _has_codes_in_buffers(module: nn.Module) -> bool:
+    """Whether a module is a layer, or speaks of codes or of what belongs to them."""
+    if module._modules:
+        return False
+    layer = any(hasattr(module, size) for size in ("in_features", "infeatures", "num_embeddings"))
+    return layer or any(
+        word in name.lower() for name in (*module._buffers, *module._parameters) for word in _CODE_WORDS
+    )
+
+
+_CODE_WORDS = ("scale", "zero", "absmax", "qweight", "w_q", "packed", "blocks", "codes", "codebook")
 
 
 def _is_code(tensor: torch.Tensor) -> bool:
@@ -126,8 +139,8 @@ def _state_of_4_bit(module: Any, weight: Any) -> Any:
 
 
 def _is_bitsandbytes_4_bit(module: Any, name: str, weight: Any) -> bool:
-    if type(weight).__name__ == "Params4bit":
-        return _state_of_4_bit(module, weight) is not None
+    if name == "weight" and weight is not None and _state_of_4_bit(module, weight) is not None:
+        return True
     return _is_parametrized_4_bit(module, name)
 
 
@@ -138,7 +151,7 @@ def _bitsandbytes_4_bit(module: Any, name: str, expert: int | None) -> torch.Ten
         return _one(weight, expert)
     from bitsandbytes.functional import dequantize_4bit
 
-    codes, state = weight.data, _state_of_4_bit(module, weight)
+    codes, state = getattr(weight, "full_tensor", lambda: weight.data)(), _state_of_4_bit(module, weight)
     if getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -162,13 +175,31 @@ def _torchao(module: Any, name: str, expert: int | None) -> torch.Tensor:
     return weight.dequantize() if scale is None else weight.dequantize() * scale
 
 
+def _is_quanto(module: Any, name: str, weight: Any) -> bool:
+    """Layers that are not frozen round a plain weight in each forward pass."""
+    rounding = name == "weight" and _made_by(module, "optimum.quanto.") and module.weight_qtype is not None
+    return rounding or _made_by(weight, "optimum.quanto.")
+
+
+def _quanto(module: Any, name: str, expert: int | None) -> torch.Tensor:
+    weight = module.qweight if _made_by(module, "optimum.quanto.") else getattr(module, name)
+    return _one(weight.dequantize(), expert)
+
+
+def _is_compressed(module: Any, name: str, weight: Any) -> bool:
+    scheme = getattr(module, "quantization_scheme", None)
+    there = weight is not None or hasattr(module, "weight_packed")
+    return name == "weight" and there and getattr(scheme, "weights", None) is not None
+
+
 def _compressed_tensors(module: Any, name: str, expert: int | None) -> torch.Tensor:
     """What is compressed the first forward pass of the model makes plain; what never was, each pass rounds."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationStatus, forward_quantize
 
     scheme, status = module.quantization_scheme, module.quantization_status
-    if status > QuantizationStatus.COMPRESSED:
+    disabled = "weight" in module._parameters and not getattr(module, "quantization_enabled", True)
+    if disabled or status > QuantizationStatus.COMPRESSED:
         return module.weight
     if status < QuantizationStatus.COMPRESSED:
         return forward_quantize(module, module.weight, "weight", scheme.weights)
@@ -220,15 +251,13 @@ _CODINGS = (
     Coding("torchao", lambda module, name, weight: _made_by(weight, "torchao."), _torchao),
     Coding(
         "optimum-quanto",
-        lambda module, name, weight: _made_by(weight, "optimum.quanto."),
-        lambda module, name, expert: _one(getattr(module, name).dequantize(), expert),
+        _is_quanto,
+        _quanto,
     ),
     Coding("HQQ", _layer("HQQLinear"), lambda module, name, expert: module.dequantize(), kept_in="W_q"),
     Coding(
         "compressed-tensors",
-        lambda module, name, weight: (
-            name == "weight" and getattr(getattr(module, "quantization_scheme", None), "weights", None) is not None
-        ),
+        _is_compressed,
         _compressed_tensors,
         _LOAD.format("CompressedTensorsConfig"),
         kept_in="weight_packed",
@@ -267,13 +296,15 @@ _CODINGS = (
     Coding(
         "integer",
         lambda module, name, weight: (
-            weight is not None and (not weight.dtype.is_floating_point or weight.dtype in _PACKED)
+            weight is not None
+            and (weight.dtype in _PACKED or not (weight.dtype.is_floating_point or weight.dtype.is_complex))
         ),
     ),
     Coding(
         "scaled",
         lambda module, name, weight: (
             weight is not None
+            and _is_float8(weight)
             and any(getattr(module, f"{name}_{end}", None) is not None for end in ("scale", "scale_inv"))
         ),
     ),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_rmt.models import quantised
-from hf_rmt.models.live import unwrap
+from hf_rmt.models.live import is_sharded, unwrap
 from hf_rmt.models.residual_stream import (
     Family,
     Reader,
@@ -84,13 +84,15 @@ def refuse(model: Any) -> None:
         "it is dispatched over devices by accelerate: load it without a device_map": any(
             hasattr(module, "_hf_hook") for _, module in modules
         ),
-        "its weights are sharded over processes": any(hasattr(p, "full_tensor") for p in parameters.values()),
+        "its weights are sharded over processes": is_sharded(model),
         "directions of it are hidden by SVDPruner.project or project_: undo that first": any(
             hasattr(hook, "hides_stream") for _, module in modules for hook in module._forward_pre_hooks.values()
         ),
         "it has adapters: merge them first": any("lora_" in key or ".base_layer." in key for key in parameters),
         "its weights are quantised: load it unquantised": any(
-            quantised.coding_of(module, "weight") is not None for _, module in modules
+            quantised.coding_of(module, key) is not None
+            for _, module in modules
+            for key in ("weight", *module._parameters)
         ),
         "its weights are not floating-point numbers": not all(p.is_floating_point() for p in parameters.values()),
         f"the modules {' and '.join(twice[:2])} are one, and what is tied so cannot be untied": bool(twice),

@@ -277,3 +277,13 @@ def test_an_order_of_its_own_in_every_process_is_refused() -> None:
     seeded = [DataLoader(rows, shuffle=True, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
     halves = [list(Batches(loader, Model()).of_process(rank, 2)) for rank, loader in enumerate(seeded)]
     assert sorted(len(half) for half in halves) == [3, 3]
+
+
+def test_layers_that_would_run_for_the_last_token_alone_run_for_all(make_model) -> None:
+    model = make_model("llama")
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    (plain, _), *_ = Batches([batch], model).of_process(0, 1)
+    assert plain["logits_to_keep"] == 1
+    model.config.num_kv_shared_layers = 1
+    (shared, _), *_ = Batches([batch], model).of_process(0, 1)
+    assert "logits_to_keep" not in shared

@@ -595,3 +595,56 @@ def test_a_quantised_checkpoint(folder: Path, tmp_path: Path) -> None:
         Checkpoint(tmp_path)
     loaded = _loaded(tmp_path)
     assert torch.equal(_named(loaded).read(), _named(model).read())
+
+
+# Layers of libraries that are not as they are found after loading
+
+
+def test_packed_bytes_are_known_by_the_state_of_the_module() -> None:
+    """FSDP puts other tensors in the place of bitsandbytes' own, and leaves the state with the module."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_storage=torch.bfloat16)
+    layer.load_state_dict(nn.Linear(64, 32, bias=False).state_dict())
+    layer = layer.to("cpu")
+    expected = matrices_of(nn.Sequential(layer))[0].read()
+    layer.quant_state = layer.weight.quant_state
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    (matrix,) = matrices_of(nn.Sequential(layer))
+    assert matrix.shape == (32, 64) and torch.equal(matrix.read(), expected)
+    with pytest.raises(ValueError, match="stored as bitsandbytes 4-bit values"):
+        matrix.write(torch.zeros(32, 64))
+
+
+def test_layers_that_round_in_each_pass_are_read_rounded() -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    net = nn.Sequential(nn.Linear(32, 16, bias=False))
+    plain = net[0].weight.detach().clone()
+    quanto.quantize(net, weights=quanto.qint4)
+    (matrix,) = matrices_of(net)
+    with torch.no_grad():
+        torch.testing.assert_close(matrix.read(), net(torch.eye(32)).mT, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(matrix.read(), plain, atol=1e-4)
+    with pytest.raises(ValueError, match="stored as optimum-quanto values"):
+        matrix.check_writable()
+
+
+class Table(nn.Module):
+    """A plain layer with integers of its own."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("relative_position_index", torch.arange(16).view(4, 4).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_masks_and_tables_of_plain_layers_are_no_codes(dtype: torch.dtype) -> None:
+    assert [matrix.name for matrix in matrices_of(nn.Sequential(Table(dtype), nn.Linear(4, 4)))] == ["0", "1"]
+
+
+def test_a_learnt_scale_makes_no_code_of_a_weight() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight_scale = nn.Parameter(torch.ones(()))
+    matrix = matrices_of(nn.Sequential(layer))[0]
+    matrix.check_writable()
+    assert torch.equal(matrix.read(), layer.weight)
