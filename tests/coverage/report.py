@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -121,5 +122,11 @@ def _reasons(found: Results) -> list[str]:
 def _exceptions(title: str, reasons: Mapping[str, str]) -> list[str]:
     if not reasons:
         return []
-    rows = [f"| {kind} | {' '.join(reason.split())[:200].replace('|', '/')} |" for kind, reason in reasons.items()]
+    rows = [f"| {kind} | {_in_a_line(reason)} |" for kind, reason in reasons.items()]
     return [f"### {title}: {len(reasons)}", "", "| type | why |", "|---|---|", *rows, ""]
+
+
+def _in_a_line(reason: str) -> str:
+    """Fit for a cell of a table, without paths of the machine."""
+    words = re.sub(r"/\S*/site-packages/", "", " ".join(reason.split()))
+    return words[:200].replace("|", "/")
