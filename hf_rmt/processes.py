@@ -58,7 +58,7 @@ def _warn_of_strangers() -> None:
         return
     if meant := strangers(os.environ):
         log.warning(
-            "%s, but this process knows of no others, so it does all of the work: launch with torchrun "
+            "%s, and this process knows of no others, so it does all of the work: launch with torchrun "
             "--nproc_per_node N, or accelerate launch --multi_gpu",
             meant,
         )

@@ -229,9 +229,9 @@ def _left_of(memory: int, matrices: list[WeightMatrix], copies: int) -> int:
     largest = max(matrices, key=lambda matrix: working_bytes(*matrix.shape))
     needed = copies * working_bytes(*largest.shape)
     if needed > left:
-        least = math.ceil((needed + memory - left) / 1e8) / 10
+        least = math.ceil((needed + memory - left) / 1e8) * 100
         raise ValueError(
-            f"{largest.name} of shape {largest.shape} takes up to {needed / 1e9:.1f} GB to factor, and of max_memory "
-            f"{max(left, 0) / 1e9:.1f} GB are left: give {least} GB, or leave it out by its role or block"
+            f"{largest.name} of shape {largest.shape} takes up to {needed / 1e6:,.0f} MB to factor, and of max_memory "
+            f"{max(left, 0) / 1e6:,.0f} MB are left: give {least}MB, or leave it out by its role or block"
         )
     return left
