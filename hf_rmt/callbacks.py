@@ -17,7 +17,7 @@ from hf_rmt.analyzer import RMTAnalyzer
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.live import is_sharded
 from hf_rmt.models.matrices import select
-from hf_rmt.processes import alone, broadcast, rank_and_count
+from hf_rmt.processes import alone, broadcast, by_the_first, gather, rank_and_count
 from hf_rmt.reports import store
 from hf_rmt.reports.columns import COLUMNS as COLUMNS_OF_REPORTS
 from hf_rmt.reports.columns import CONTROL_COLUMNS, LABELS, OVERLAP_COLUMNS
@@ -253,8 +253,10 @@ class RMTCallback(TrainerCallback):
         covariances = self._window.covariances() if self._window is not None else None
         report = self.analyzer.analyze(config=self.config, covariances=covariances)  # each process its share
         numbers = self._numbers(report)
+        place = self.folder / (weights_are or name or f"step-{step}")
+        by_the_first(lambda: report.save(place))
         if self._first:
-            self.last = report.save(self.folder / (weights_are or name or f"step-{step}"))
+            self.last = place
         if step in self._logged:
             return numbers
         if self.last is not None:
@@ -297,6 +299,7 @@ class RMTCallback(TrainerCallback):
         if comparison is not None and self._first:
             self.comparison = comparison
             comparison.save(self.folder / "comparison")
+        gather(None)  # the others wait for the first, however long it takes
         self.seconds += time.perf_counter() - began
         logger.info("compared with the start in %.1f s: %s", time.perf_counter() - began, self.folder / "comparison")
 

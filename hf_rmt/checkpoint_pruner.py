@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections import defaultdict
@@ -22,8 +23,9 @@ from hf_rmt.models.checkpoints import Checkpoint
 from hf_rmt.models.digests import digest_of
 from hf_rmt.models.matrices import WeightMatrix, select
 from hf_rmt.models.origins import Original
-from hf_rmt.processes import assemble, by_the_first
+from hf_rmt.processes import assemble, by_the_first, failing_together
 from hf_rmt.pruner import chosen_blocks, chosen_roles, one_of
+from hf_rmt.reports import store
 from hf_rmt.sharing import MatrixTasks, opened
 from hf_rmt.surgery.description import AFFECTED, row_of
 from hf_rmt.surgery.editor import Edit
@@ -34,6 +36,8 @@ from hf_rmt.theory.selection import Selection
 if TYPE_CHECKING:
     import pandas as pd
     from huggingface_hub import CommitInfo
+
+log = logging.getLogger(__name__)
 
 #: In the folder of the result, while that is made.
 _UNFINISHED = ".unfinished-pruning"
@@ -136,25 +140,40 @@ class CheckpointPruner:
         """
         assemble("prune")
         place, scores = Path(folder).absolute(), read_scores(metrics)
-        empty = self._record([], scores)
-        by_the_first(lambda: hub.refuse_another(place, empty.original.base, empty.same_original, overwrite))
+        by_the_first(lambda: self._refuse(place, overwrite))
         stage = place / _UNFINISHED
         with opened(stage, self._identity(), PrunedMatrices) as unfinished:
             copy = stage / "copy"
             by_the_first(lambda: self._copy(copy, unfinished.folder))
-            tasks = self._tasks(copy)
+            with failing_together():
+                tasks = self._tasks(copy)
             try:
                 made = tasks.kept(unfinished, lambda index, earlier: self._check(tasks.matrices[index], earlier, place))
-            except _OtherModelError:
-                raise
-            except ValueError:  # which the same call would meet again
-                by_the_first(lambda: _clear(stage))
+            except BaseException:
+                by_the_first(lambda: None if any(unfinished.folder.glob("*.safetensors")) else _clear(stage))
                 raise
             self._made, self._folder = self._record(made, scores), place
             hub.put(self._source(copy), self._made, place, tokenizer)
-            unfinished.remove()
         by_the_first(lambda: _clear(stage))
         return place
+
+    def _refuse(self, place: Path, overwrite: bool) -> None:
+        """Have no other model replaced unasked, and never the checkpoint itself."""
+        original = Original.of(self.origin["model"], self.origin["revision"])
+        hub.refuse_another(place, original.base, self._is_of_these_weights, overwrite)
+        if place.exists() and place.samefile(self.checkpoint.folder):
+            raise ValueError(f"{place} is the checkpoint itself, which stays as it is: give another folder")
+
+    def _is_of_these_weights(self, earlier: Any) -> bool:
+        """Whether what an earlier result says of itself is of the matrices that there are now."""
+        by_name = {matrix.name: matrix for matrix in self.matrices}
+        if not self._record([], {"scores": {}}).same_original(earlier):
+            return False
+        return all(
+            digest_of(by_name[row["name"]].read()) == row["weights"]
+            for row in earlier["matrices"]
+            if row["name"] in by_name
+        )
 
     def affected(self) -> pd.DataFrame:
         """What ``save_pretrained`` has taken from each matrix; see ``SVDPruner.affected``.
@@ -189,28 +208,33 @@ class CheckpointPruner:
         shapes = {matrix.name: [*matrix.shape, str(matrix.dtype)] for matrix in self.matrices}
         wanted = [[str(one.selection), one.roles, one.blocks] for one in self._wanted]
         null = {"null_draws": self.config.null_draws, "seed": self.config.seed}
-        return {"matrices": shapes, "remove": wanted} | null
+        files = {name: (self.checkpoint.folder / name).stat() for name in self.checkpoint.file_names()}
+        seen = {name: [file.st_size, file.st_mtime_ns] for name, file in files.items()}
+        return {"matrices": shapes, "remove": wanted, "files": seen} | null
 
     def _copy(self, copy: Path, results: Path) -> None:
         """Weights and configuration; where some are missing, nothing of what was kept is in the others."""
-        copy.mkdir(parents=True, exist_ok=True)
         names = [name for name in self.checkpoint.file_names() if not (copy / name).is_file()]
         if names:
             for kept in results.glob("*.safetensors"):
                 kept.unlink()
         for name in names:
-            shutil.copyfile(self.checkpoint.folder / name, copy / f"{name}.part")
-            os.replace(copy / f"{name}.part", copy / name)
+            part = copy / f"{name}.part"
+            part.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.checkpoint.folder / name, part)
+            store.sync(part)
+            os.replace(part, copy / name)
 
     def _tasks(self, copy: Path) -> MatrixTasks[PrunedMatrices]:
-        """One for what is written at once: a parameter, or an expert of it."""
+        """One for what is written at once: the tensors that make up a parameter, or several, or one expert of it."""
         written = {matrix.name: matrix for matrix in Checkpoint(copy, writable=True).matrices()}
         touched = set().union(*(one.names for one in self._wanted))
         groups: dict[Any, list[WeightMatrix]] = defaultdict(list)
         for matrix in self.matrices:
             if matrix.name in touched:
                 load: Any = matrix.load
-                groups[matrix.parameter, matrix.expert if load.alone(matrix.expert) else None].append(matrix)
+                tensors = id(self.checkpoint.sources[matrix.parameter])
+                groups[tensors, matrix.expert if load.alone(matrix.expert) else None].append(matrix)
         work: Callable[..., PrunedMatrices] = lambda *matrices: self._pruned(matrices, written)  # noqa: E731
         return MatrixTasks([tuple(own) for own in groups.values()], lambda indices: work, self.config)
 
@@ -234,7 +258,7 @@ class CheckpointPruner:
     def _check(self, matrices: Sequence[WeightMatrix], earlier: PrunedMatrices, folder: Path) -> None:
         for matrix, row in zip(matrices, earlier.rows, strict=True):
             if row["weights"] != digest_of(matrix.read()):
-                raise _OtherModelError(
+                raise ValueError(
                     f"{folder} belongs to another model: the weights of {matrix.name} differ; give another folder"
                 )
 
@@ -258,15 +282,12 @@ class CheckpointPruner:
 
         def write(place: Path) -> None:
             for name in self.checkpoint.file_names():
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(folder / name, place / name)
             if (path := _generation_config(original)) is not None:
                 shutil.copyfile(path, place / path.name)
 
         return hub.Source(write, original, lambda: tokenizer_of(self.origin["model"], self.origin["revision"]))
-
-
-class _OtherModelError(ValueError):
-    """What is unfinished in the folder is of another model."""
 
 
 @dataclass(frozen=True)
@@ -315,8 +336,12 @@ class PrunedMatrices:
 
 
 def _clear(stage: Path) -> None:
-    """Take away what is unfinished, and the folder around it if there is nothing else in it."""
-    shutil.rmtree(stage, ignore_errors=True)
+    """Take away what is unfinished, at one stroke, and the folder around it if there is nothing else in it."""
+    gone = stage.with_name(f"{stage.name}-gone")
+    shutil.rmtree(gone, ignore_errors=True)  # of a run that was killed here
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(stage, gone)
+    shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(OSError):
         stage.parent.rmdir()
 
@@ -324,7 +349,7 @@ def _clear(stage: Path) -> None:
 def _generation_config(original: Original) -> Path | None:
     """The file, if there is one; of a model of the Hub it may be there alone."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 
     name = "generation_config.json"
     found = original.local_file(name)
@@ -332,7 +357,10 @@ def _generation_config(original: Original) -> Path | None:
         return found
     try:
         return Path(hf_hub_download(original.hub_id, name, revision=original.revision))
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
+        return None
+    except (EntryNotFoundError, OSError) as error:  # the weights are here already
+        log.warning("%s of %s cannot be had, and is left out: %s", name, original.hub_id, error)
         return None
 
 

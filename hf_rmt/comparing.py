@@ -222,7 +222,7 @@ class ComparisonRun:
     def _tasks(self) -> MatrixTasks[ComparedMatrix]:
         """The comparison of each pair."""
         return MatrixTasks(
-            self.pairs, lambda indices: lambda old, new: compare_matrix(old, new, self.config), self.config
+            self.pairs, lambda indices: lambda old, new: compare_matrix(old, new, self.config), self.config, copies=2
         )
 
 

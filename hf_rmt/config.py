@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
@@ -35,7 +36,8 @@ class AnalysisConfig:
         device: where matrices are factored; None for where they are.
         workers: matrices factored at a time on the CPU; None for as many as there are cores and memory.
         max_memory: bytes, or as ``"8GB"``, that the process may have in all while it factors on the CPU: so many
-            fewer at a time. None leaves half of what is free.
+            fewer at a time. What is kept of them, as the factors of an ``SVDPruner`` without a folder, comes beside.
+            None leaves half of what is free.
         progress: show a progress bar; None shows one on a terminal.
         strict: raise on a matrix with NaN or Inf entries, instead of giving it an empty row.
     """
@@ -255,7 +257,7 @@ def _bytes(size: int | str) -> int:
     from accelerate.utils import convert_file_size_to_int
 
     try:
-        number = int(convert_file_size_to_int(size))
+        number = int(convert_file_size_to_int(size) if isinstance(size, str) else size)
     except (ValueError, TypeError) as error:
         raise ValueError(f"max_memory is {size!r}: give a number of bytes, or a size as '8GB' or '8GiB'") from error
     if number <= 0:
@@ -267,6 +269,8 @@ def _usable_device(device: object) -> str:
     """The name of a device that can hold a tensor here."""
     import torch
 
+    if str(device) == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.device_count() > 1:
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # each process its own
     try:
         torch.empty(1, device=str(device)).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

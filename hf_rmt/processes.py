@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import heapq
-import itertools
 import logging
 import os
 import time
@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 #: Who is done waits for the others as long as they work; one that dies is noticed at once.
 _WORK = timedelta(days=30)
 #: How long to wait where all should come at about the same time.
-_LATE = timedelta(minutes=10)
+_LATE = timedelta(minutes=30)
 #: Numbers of what all do together, the same in all processes.
-_MEETINGS = itertools.count()
+_MEETINGS = [0]
 #: Set while this process works by itself, see ``alone``.
 _ALONE = False
 
@@ -48,6 +48,7 @@ def _joined() -> bool:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.accelerator.is_available())  # chooses the backend
+        atexit.register(_leave, "of")
     return distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -105,15 +106,28 @@ def _group() -> Any:
     world = distributed.group.WORLD
     if _GROUPS.get("of") is not world:  # another launch, in a process that has left the one before
         _GROUPS.update(of=world, group=distributed.new_group(backend="gloo", timeout=_WORK))
+        atexit.register(_leave, "group")
     return _GROUPS["group"]
 
 
 _GROUPS: dict[str, Any] = {}
 
 
+def _leave(which: str) -> None:
+    """Take down a group before the interpreter does: threads of gloo that outlive it may abort the process."""
+    if distributed.is_initialized() and _GROUPS.get("of") is distributed.group.WORLD:
+        distributed.destroy_process_group(_GROUPS[which])
+
+
 def _store() -> Any:
     """The keys and values by which the launch has found together."""
     return distributed.distributed_c10d._get_default_store()
+
+
+def _meeting() -> int:
+    """The number of the next thing that all do together."""
+    _MEETINGS[0] += 1
+    return _MEETINGS[0]
 
 
 def assemble(what: str) -> None:
@@ -126,13 +140,15 @@ def assemble(what: str) -> None:
         _warn_of_strangers()
         return
     rank, count = rank_and_count()
-    store, meeting = _store(), next(_MEETINGS)
+    store, meeting = _store(), _meeting()
     keys = [f"hf_rmt/{meeting}/here/{process}" for process in range(count)]
     store.set(keys[rank], "")
     deadline = time.monotonic() + _LATE.total_seconds()
     while not store.check(keys):  # store.wait would not hear a signal
         if time.monotonic() > deadline:
             missing = ", ".join(str(process) for process, key in enumerate(keys) if not store.check([key]))
+            store.delete_key(keys[rank])  # as if it had not come: the next call is the same meeting
+            _MEETINGS[0] -= 1
             raise RuntimeError(
                 f"all processes of a launch have to {what} together, and {missing} did not come within {_LATE}: call "
                 "it in all, or in one alone under hf_rmt.processes.alone()"
@@ -151,7 +167,11 @@ def gather(value: Any) -> list[Any]:
 
 def broadcast(value: Any) -> Any:
     """What the first process gives; all must call."""
-    return gather(value)[0]
+    if not _joined():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0, group=_group())
+    return values[0]
 
 
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
@@ -206,7 +226,7 @@ def stopping_together() -> Iterator[Callable[[], None]]:
     if not _joined():
         yield lambda: None
         return
-    store, key = _store(), f"hf_rmt/{next(_MEETINGS)}/failed"
+    store, key = _store(), f"hf_rmt/{_meeting()}/failed"
 
     def check() -> None:
         if store.check([key]):

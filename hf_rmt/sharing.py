@@ -40,11 +40,13 @@ class MatrixTasks(Generic[Result]):
         matrices: those of each task; the first gives it its name.
         work_on: of the positions of the tasks that this process will do, what makes a result of one's matrices.
         config: where and how many at a time, and whether a bar is shown.
+        copies: how many matrices of a task are in memory together.
     """
 
     matrices: Sequence[tuple[WeightMatrix, ...]]
     work_on: Callable[[Sequence[int]], Callable[..., Result]]
     config: AnalysisConfig
+    copies: int = 1
 
     def results(self) -> list[Result]:
         """Those of all tasks.
@@ -66,7 +68,9 @@ class MatrixTasks(Generic[Result]):
                 # Processes of several machines may each see files of their own.
                 seeing = [process for process, own in enumerate(there) if index in own]
                 mine = seeing[index % len(seeing)] == rank
-                earlier = partial.read(index) if mine or self.in_step else None
+                earlier = partial.read(index) if mine else None
+                if self.in_step:  # all read the weight, whoever sees the file
+                    earlier = next((one for one in gather(earlier) if one is not None), None)
                 if earlier is not None:
                     check(index, earlier)
                     found |= {index: earlier} if mine else {}
@@ -112,8 +116,8 @@ class MatrixTasks(Generic[Result]):
         rank, count = rank_and_count()
         mine = [left[position] for position in shares([self._cost(index) for index in left], count)[rank]]
         work = self.work_on(mine)
-        copies = max(map(len, self.matrices), default=1)
-        workers = matrices_at_a_time([one for index in mine for one in self.matrices[index]], self.config, copies)
+        chosen = [one for index in mine for one in self.matrices[index]]
+        workers = matrices_at_a_time(chosen, self.config, self.copies)
         finished = len(self.matrices) - len(left) if count == 1 else 0
         shown = self.config.progress if rank == 0 else False
         first = [own[0] for own in self.matrices]
@@ -168,7 +172,8 @@ def opened(folder: Path, identity: dict[str, Any], result_class: type[store.Stor
     """
     first: list[store.PartialRun] = []
     by_the_first(lambda: first.append(store.PartialRun(folder, identity, result_class)))
-    partial = first[0] if first else store.PartialRun(folder, identity, result_class, lock=False)
+    with failing_together():
+        partial = first[0] if first else store.PartialRun(folder, identity, result_class, lock=False)
     try:
         yield partial
     finally:

@@ -120,9 +120,8 @@ class SweepRun:
         identity = self.identity()
         self._refuse_other_processes(identity)
         if broadcast(store.is_saved(folder, "sweep")):
-            table = SweepTable.load(folder)
+            table = by_the_first(lambda: SweepTable.load(folder))
             store.refuse_other(folder, table.settings.get("identity") or {}, identity)
-            gather(None)  # all have read it
             by_the_first(lambda: store.settle(folder, "sweep", identity))
             return table
         count = len(self.cells)  # planned before the folder is touched, by all processes together

@@ -73,9 +73,9 @@ def resident_memory() -> int:
 
 def working_bytes(rows: int, cols: int) -> int:
     """Memory that factoring one matrix takes by the costlier route, a full SVD: itself in float32 and
-    float64, its left vectors twice, and the square ones with their workspace."""
+    float64, its left vectors three times over with LAPACK's copy, and the square ones with their workspace."""
     short = min(rows, cols)
-    return (4 + 3 * 8) * rows * cols + 6 * 8 * short * short
+    return 40 * rows * cols + 6 * 8 * short * short
 
 
 def where_it_fits(weight: torch.Tensor, device: str | None, work: Callable[[torch.Tensor], Result]) -> Result:

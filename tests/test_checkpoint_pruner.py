@@ -166,7 +166,7 @@ def test_another_request_or_model_does_not_go_on(base: Path, tmp_path: Path, mon
         save_file({key: 2 * value for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
     changed = CheckpointPruner(base, workers=1)
     changed.remove(Decile(1))
-    with pytest.raises(ValueError, match=r"out belongs to another model: the weights of .* differ"):
+    with pytest.raises(ValueError, match="was made by another run: files was"):
         changed.save_pretrained(tmp_path / "out")
     assert list((tmp_path / "out" / _STAGE / "partial").glob("*.safetensors"))
 

@@ -27,6 +27,17 @@ _SINGLE = "model.safetensors"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
 
 
+#: As safetensors names those of weights.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names the file or tensor and the remedy."""
 
@@ -113,10 +124,11 @@ class SafetensorsFolder:
             length = int.from_bytes(file.read(8), "little")
             described = json.loads(file.read(length))[tensor]
             shape, (start, end) = described["shape"], described["data_offsets"]
+            dtype = _DTYPES.get(described["dtype"])
             if index is not None:
                 each = (end - start) // shape[0]
                 shape, start, end = [1, *shape[1:]], start + index * each, start + (index + 1) * each
-            if shape != list(values.shape) or end - start != data.nbytes:
+            if shape != list(values.shape) or dtype != values.dtype:
                 raise CheckpointError(
                     f"{path}: {tensor} is {described['dtype']} of shape {shape}, and cannot take "
                     f"{values.dtype} of {list(values.shape)}"
@@ -327,7 +339,12 @@ class WritableParameter(CheckpointParameter):
         weight = self._made_of(tensors, values.__getitem__).clone()
         change(self._one(weight, expert))
         if self.checkpoint.sources[self.full].converter is None:
-            for key in self.checkpoint.keys_of(self.full):
+            (before,) = values.values()
+            # What is said to be tied is not, where a checkpoint holds two different tensors.
+            keys = [
+                key for key in self.checkpoint.keys_of(self.full) if key in values or torch.equal(read(key), before)
+            ]
+            for key in keys:
                 self.checkpoint.tensors.write(key, weight, expert)
         else:
             for key, part in self._taken_apart(tensors, values, weight).items():

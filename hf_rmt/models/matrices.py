@@ -109,7 +109,8 @@ class WeightMatrix:
     def _store(self) -> Store:
         if not isinstance(self.load, Store):
             raise ValueError(
-                f"{self.name} is read from a file, and files are never written: load the model, and change that"
+                f"{self.name} is read from a file, and files are never written: load the model and change that, or "
+                "take parts out of a copy with CheckpointPruner"
             )
         self.load.check_writable()
         return self.load

@@ -47,7 +47,7 @@ def staged(folder: Path, kind: Kind) -> Iterator[Path]:
         yield stage
         for path in stage.iterdir():
             if path.is_file():
-                _sync(path)
+                sync(path)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         if not existed:
@@ -115,7 +115,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON through a file beside it, so that the file is never half there."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write one file
     beside.write_text(json.dumps(value, indent=2) + "\n")
-    _sync(beside)
+    sync(beside)
     os.replace(beside, path)
 
 
@@ -151,7 +151,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     try:
         beside.mkdir(exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, whole, metadata=metadata)
-        _sync(whole)
+        sync(whole)
         os.replace(whole, path)
     except Exception as error:
         if isinstance(error, OSError):
@@ -200,7 +200,8 @@ def load_results(path: Path, count: int, kind: Any) -> list[Any]:
     return [kind.restore(arrays, descriptions[index]) for index, arrays in grouped.items()]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file on disk before anybody relies on it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
