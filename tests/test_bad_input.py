@@ -248,9 +248,9 @@ def test_strict_holds_for_what_was_analysed_before(make_model, tmp_path) -> None
 def test_a_folder_in_use_is_refused(make_model, tmp_path, monkeypatch) -> None:
     analyzer = RMTAnalyzer(make_model("bert"))
     _leave_unfinished(analyzer, tmp_path / "r", monkeypatch)
-    other = store._lock(tmp_path / "r" / "partial")
+    other = store.hold(tmp_path / "r" / "partial")
     assert other is not None
-    with pytest.raises(ValueError, match="in use by another analysis"):
+    with pytest.raises(ValueError, match="in use by another run"):
         analyzer.analyze(folder=tmp_path / "r")
     other.close()
     assert len(analyzer.analyze(folder=tmp_path / "r")) == 13

@@ -13,13 +13,14 @@ from hf_rmt.reports import store
 sys.path.insert(0, str(Path(__file__).parent / "kills"))
 
 import results
+from jobs import JOBS
 
 
 def test_jobs_of_two_processes_go_on_to_the_same_result() -> None:
     command = [sys.executable, str(Path(__file__).parent / "kills" / "run.py"), "--processes", "2", "--times", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    for kind in ("analyze", "collect", "sweep", "slice", "prune"):
+    for kind in JOBS:
         (row,) = (line for line in done.stdout.splitlines() if kind in line)
         assert row.rstrip(" │").endswith("yes"), done.stdout
 
@@ -41,7 +42,7 @@ def test_half_a_result_is_none(tmp_path: Path) -> None:
     stage.mkdir()
     (stage / "table.parquet").write_bytes(b"half")
     (tmp_path / "model.safetensors").write_bytes(b"half")
-    assert all(results.whole(kind, tmp_path) is None for kind in ("analyze", "collect", "sweep", "slice", "prune"))
+    assert all(results.whole(kind, tmp_path) is None for kind in JOBS)
     assert not results.kept(tmp_path)
     (tmp_path / "partial").mkdir()
     store.save_tensors(tmp_path / "partial" / "00000.safetensors", {"a": torch.zeros(1)}, {})

@@ -325,7 +325,9 @@ def test_a_process_may_die_while_it_writes(
 
         def dying(path: Path, tensors: Any, metadata: Any) -> None:
             if path.stem == file:
-                path.with_name(f"{path.name}.{os.getpid()}.part").write_bytes(b"half")
+                beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+                beside.mkdir()
+                (beside / path.name).write_bytes(b"half")
                 os._exit(9)
             save(path, tensors, metadata)
 
@@ -344,7 +346,7 @@ def test_only_the_hidden_states_of_one_block_are_kept(llama: nn.Module, batches:
         collect(llama, batches, folder=tmp_path)
     names = {path.name for path in (tmp_path / "unfinished-blocks-0").iterdir()}
     entering = {f"hidden-2-{batch}.safetensors" for batch in range(BATCHES)}
-    assert names == entering | {"hidden-3-0.safetensors", "sums-0.safetensors", "sums-1.safetensors"}
+    assert names == entering | {"lock", "hidden-3-0.safetensors", "sums-0.safetensors", "sums-1.safetensors"}
 
 
 def killed(model: nn.Module, batches: list[Batch], folder: Path) -> None:
@@ -388,8 +390,41 @@ def test_a_damaged_file_is_named(
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=rf"{name}\.safetensors is missing or damaged"):
+    with pytest.raises(
+        ValueError, match=rf"{name}\.safetensors is missing or damaged.*; delete .*/unfinished-\* to beg"
+    ):
         collect(llama, batches, folder=tmp_path)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_second_run_in_the_folder_is_refused(
+    after: int, llama: nn.Module, batches: list[Batch], tmp_path: Path
+) -> None:
+    """Also before the first has a block done; it goes on undisturbed."""
+    expected = collect(llama, batches, sequential=False)
+    refused: list[int] = []
+
+    def again(module: nn.Module, args: Any) -> None:
+        if len(args[0]) > 1 and not refused:  # over whole batches
+            refused.append(1)
+            with pytest.raises(ValueError, match="is in use by another run: wait for it, or give another folder"):
+                collect(llama, batches, folder=tmp_path)
+
+    llama.model.layers[after].register_forward_pre_hook(again)
+    assert_equal(collect(llama, batches, folder=tmp_path), expected)
+    assert refused
+
+
+def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path) -> None:
+    first, second = (unfinished.UnfinishedBlocks(tmp_path, {}, 0) for _ in range(2))
+    assert first.read() is None and second.read() is None
+    first.put(0, 0, torch.ones(2))
+    with pytest.raises(ValueError, match="is in use by another run"):
+        second.put(0, 0, torch.zeros(2))
+    second.tidy()
+    assert torch.equal(first.get(0, 0), torch.ones(2))
+    first.tidy()
+    assert not any(tmp_path.iterdir())
 
 
 # Bad input

@@ -96,7 +96,7 @@ def settle(folder: Path, kind: Kind, identity: dict[str, Any] | None = None) -> 
     """
     stage, partial = _stage(folder, kind), folder / "partial"
     try:
-        lock = _lock(partial) if partial.is_dir() else None
+        lock = hold(partial) if partial.is_dir() else None
     except ValueError:
         return
     with lock or contextlib.nullcontext():
@@ -206,7 +206,7 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _lock(folder: Path) -> IO[str] | None:
+def hold(folder: Path) -> IO[str] | None:
     """Keep other processes out of a folder for as long as the file returned is open, or this one lives."""
     try:
         import fcntl
@@ -217,9 +217,7 @@ def _lock(folder: Path) -> IO[str] | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ValueError(
-            f"{folder.parent} is in use by another analysis: wait for it, or give another folder"
-        ) from error
+        raise ValueError(f"{folder.parent} is in use by another run: wait for it, or give another folder") from error
     except OSError:  # a file system without locks
         pass
     return file
@@ -261,7 +259,7 @@ class PartialRun:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(run, identity)
-        self.lock = _lock(self.folder) if lock else None
+        self.lock = hold(self.folder) if lock else None
 
     def path(self, index: int) -> Path:
         """File of the matrix with this position in the analysis."""

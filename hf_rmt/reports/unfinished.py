@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -68,7 +68,7 @@ class UnfinishedCovariances:
         return self._read(self.path) if self.path.is_file() else None
 
     def _read(self, path: Path) -> Collected:
-        tensors, metadata = store.load_tensors(path)
+        tensors, metadata = self._load(path)
         described = json.loads(metadata["collected"])
         store.refuse_other(self.folder, described.pop("identity"), self.identity)
         sums = {
@@ -81,6 +81,12 @@ class UnfinishedCovariances:
             held = {name.removeprefix(_running(key)): tensors[name] for name in names}
             running[key] = MomentSum.resumed(held, counts)
         return Collected(sums=sums, running=running, **described)
+
+    def _load(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        try:
+            return store.load_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete {self.folder / 'unfinished-*'} to begin again") from error
 
     def due(self) -> bool:
         """Whether it is time to write again."""
@@ -120,10 +126,19 @@ class UnfinishedBlocks(UnfinishedCovariances):
     def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int):
         super().__init__(folder, identity, rank)
         self.parts = folder / f"unfinished-blocks-{rank}"
+        self._held = False
+        self._lock: IO[str] | None = None
 
     def read(self) -> Collected | None:
-        """As of the class above; of a run that was killed in its first block nothing is left."""
-        self.tidy()
+        """As of the class above; of a run that was killed in its first block nothing is left.
+
+        Raises:
+            ValueError: also where another run is at work in the folder.
+        """
+        if self.parts.is_dir():
+            self._hold()
+            if not self.path.is_file():
+                self._clear()
         done = super().read()
         if done is None:
             return None
@@ -145,26 +160,47 @@ class UnfinishedBlocks(UnfinishedCovariances):
         return self.parts / f"sums-{number}.safetensors"
 
     def put(self, number: int, batch: int, hidden: torch.Tensor) -> None:
-        """Keep the hidden states of a batch that enter a block."""
-        self.parts.mkdir(parents=True, exist_ok=True)
+        """Keep the hidden states of a batch that enter a block.
+
+        Raises:
+            ValueError: another run has begun in the folder in the meantime.
+        """
+        if not self._held:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            self._hold()
         store.save_tensors(self._hidden_of(number, batch), {"hidden": hidden}, {})
 
     def get(self, number: int, batch: int) -> torch.Tensor:
         """What ``put`` has kept."""
-        return store.load_tensors(self._hidden_of(number, batch))[0]["hidden"]
+        return self._load(self._hidden_of(number, batch))[0]["hidden"]
 
     def drop(self, number: int) -> None:
         """Forget what enters a block that is done."""
-        for path in self.parts.glob(f"hidden-{number}-*"):
-            path.unlink()
+        self._clear(f"hidden-{number}-*")
 
     def _hidden_of(self, number: int, batch: int) -> Path:
         return self.parts / f"hidden-{number}-{batch}.safetensors"
 
+    def _hold(self) -> None:
+        """Keep other runs out of these files until ``tidy``."""
+        self._lock = store.hold(self.parts)
+        self._held = True
+
+    def _clear(self, pattern: str = "*") -> None:
+        """Delete files that none goes on with."""
+        for path in self.parts.glob(pattern):
+            if path.is_dir():  # of a file that was half written when the run was killed
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != "lock":
+                path.unlink()
+
     def tidy(self) -> None:
-        """Delete hidden states of a run that has no block done: none goes on with them."""
-        if not self.path.is_file():
+        """At the end, or after an error: delete what none goes on with, and let other runs work in the folder."""
+        if self._held and not self.path.is_file():
             shutil.rmtree(self.parts, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+        self._held, self._lock = False, None
 
     def remove(self) -> None:
         """Delete all of it, once the covariances are saved."""

@@ -54,6 +54,11 @@ def _collection(place: Path) -> Work:
     return lambda folder: analyzer.collect(batches, outputs=True, memory=memory, folder=folder, progress=False)
 
 
+def _blocks(place: Path) -> Work:
+    analyzer, batches = RMTAnalyzer(_llama(128, num_hidden_layers=6), head=True), _batches(40)
+    return lambda folder: analyzer.collect(batches, sequential=True, folder=folder, progress=False)
+
+
 def _sweep(place: Path) -> Work:
     pruner, evaluate = SVDPruner(_llama(64), progress=False), Perplexity(_batches(1))
     return lambda folder: pruner.sweep(evaluate, deciles=[1, 4, 7, 10], controls=1, folder=folder, progress=False)
@@ -84,6 +89,7 @@ def _pruning(place: Path) -> Work:
 JOBS: dict[str, Callable[[Path], Work]] = {
     "analyze": _analysis,
     "collect": _collection,
+    "blocks": _blocks,
     "sweep": _sweep,
     "slice": _slice,
     "prune": _pruning,

@@ -16,6 +16,7 @@ from hf_rmt.reports import store
 _RESULTS: dict[str, tuple[store.Kind, Any]] = {
     "analyze": ("report", AnalysisReport),
     "collect": ("covariances", ActivationCovariances),
+    "blocks": ("covariances", ActivationCovariances),
     "sweep": ("sweep", SweepTable),
 }
 

@@ -1,6 +1,6 @@
 """Kills jobs at random moments, starts them again in the same folder, and compares what comes out.
 
-    python tests/kills/run.py [--only analyze collect sweep slice prune] [--times 20] [--seed 0]
+    python tests/kills/run.py [--only KIND ...] [--times 20] [--seed 0]
 
 Each kind of job runs as one process and as two, and is killed as often as each: all of it, or one of two processes, of
 which the other then has to end too. Exit status: 0 when every result is that of an undisturbed run, to the bit; 1 when
@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import results
+from jobs import JOBS
 from launching import Job
 from rich.console import Console
 from rich.table import Table
-
-KINDS = ("analyze", "collect", "sweep", "slice", "prune")
 
 
 @dataclass
@@ -102,7 +101,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Kill jobs at random moments, and see whether they go on.")
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS), metavar="KIND", help=", ".join(JOBS))
     parser.add_argument("--processes", nargs="+", type=int, default=(1, 2), help="processes of a job")
     parser.add_argument("--times", type=int, default=20, help="kills of each kind of job over so many processes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
