@@ -539,9 +539,38 @@ def needing(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
+def calling_inside(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    hidden = model.blocks[0].layer(hidden)
+    for block in model.blocks:
+        hidden = block(hidden)
+    return hidden
+
+
+def counting(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    steps = torch.zeros(5)
+    for block in model.blocks:
+        hidden = block(hidden, steps)
+        steps += 1
+    return hidden
+
+
+class Carried:
+    """Something that goes from block to block."""
+
+
+def carrying(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    state = Carried()
+    for block in model.blocks:
+        hidden = block(hidden, state)
+    return hidden
+
+
 @pytest.mark.parametrize(
     ("through", "why"),
     [
+        (calling_inside, "it calls layer of a block outside of that block"),
+        (counting, "what block 0 is given beside the hidden states is written to later"),
+        (carrying, "its blocks are given a Carried, which they may change"),
         (shifted, "it changes the hidden states between blocks 0 and 1"),
         (shifted_in_place, "it changes the hidden states between blocks 0 and 1"),
         (remembering, "block 2 is given more of the blocks before than their hidden states"),
@@ -570,6 +599,63 @@ def test_a_later_batch_that_changes_the_hidden_states_is_refused() -> None:
 
     with pytest.raises(ValueError, match="Later cannot be run block by block: it changes the hidden states between"):
         collect(Later(Residual, 2).eval(), [{"x": torch.zeros(4, 4)}, {"x": torch.full((4, 4), 9.0)}])
+
+
+def test_a_later_batch_that_calls_into_a_block_is_refused() -> None:
+    class Later(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(x)
+            return super().forward(x) + (self.head(self.blocks[0].layer(hidden)) if float(x.max()) > 8 else 0)
+
+    with pytest.raises(ValueError, match="Later cannot be run block by block: it calls layer of a block outside of"):
+        collect(Later(Residual, 2).eval(), [{"x": torch.zeros(4, 4)}, {"x": torch.full((4, 4), 9.0)}])
+
+
+def test_a_block_that_calls_into_another_is_refused() -> None:
+    model = Plain(Residual).eval()
+    hooked = model.blocks[1].register_forward_pre_hook(lambda block, args: (model.blocks[0].layer(args[0]),))
+    with pytest.raises(ValueError, match="Plain cannot be run block by block: it calls layer of a block outside of"):
+        collect(model, [{"x": torch.randn(4, 4)}])
+    hooked.remove()
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_block_that_writes_into_its_arguments_is_refused(later: bool) -> None:
+    class Marking(Residual):
+        def forward(self, hidden: torch.Tensor, other: Any = None) -> torch.Tensor:
+            if not later or float(other.max()) > 8:
+                other.add_(1)
+            return super().forward(hidden)
+
+    class Given(Plain):
+        def forward(self, x: torch.Tensor, mark: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(x)
+            for block in self.blocks:
+                hidden = block(hidden, mark)
+            return self.head(hidden)
+
+    data = [{"x": torch.randn(4, 4), "mark": torch.full((4, 1), value)} for value in (0.0, 9.0)]
+    why = "a block writes into" if later else "what block 0 is given beside the hidden states is written to later"
+    with pytest.raises(ValueError, match=f"Given cannot be run block by block: {why}"):
+        collect(Given(Marking).eval(), data)
+
+
+def test_gemma4_that_shares_keys_and_values(batches: list[Batch]) -> None:
+    """In a mapping that its blocks fill; one whose blocks share none passes it empty."""
+    sizes: dict[str, Any] = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
+    other: dict[str, Any] = dict(num_key_value_heads=2, head_dim=16, vocab_size=100, sliding_window=3)
+    other |= dict(layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=0)
+    for shared in (0, 2):
+        config = transformers.Gemma4TextConfig(**sizes, **other, num_kv_shared_layers=shared)
+        model = transformers.Gemma4ForCausalLM(config).eval()
+        if shared:
+            with pytest.raises(
+                ValueError, match="Gemma4ForCausalLM cannot be run block by block: its blocks are given"
+            ):
+                collect(model, batches)
+        else:
+            assert_equal(collect(model, batches), collect(model, batches, sequential=False))
 
 
 def test_blocks_that_share_modules() -> None:

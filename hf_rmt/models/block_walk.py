@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,10 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 #: Arguments that a block would write into each time it runs.
 _CACHES = ("past_key_values", "layer_past")
+
+#: Arguments beside tensors that cannot carry anything from one block to the next.
+_CONSTANTS = (bool, int, float, complex, str, bytes, range, enum.Enum, torch.dtype, torch.device, torch.Size)
 
 
 class NotInSequenceError(ValueError):
@@ -31,18 +35,33 @@ class BlockCall(NamedTuple):
         """The hidden states among the arguments of a block, and the rest without caches.
 
         Raises:
-            NotInSequenceError: hidden states do not come first.
+            NotInSequenceError: hidden states do not come first, or there is an object that blocks may change.
         """
         rest = {key: value for key, value in kwargs.items() if key not in _CACHES}
         hidden = args[0] if args else rest.pop("hidden_states", None)
         if not isinstance(hidden, torch.Tensor):
             raise NotInSequenceError("its blocks do not take hidden states as their first argument")
+        for leaf in tree_leaves((args[1:], rest)):
+            if not _is_constant(leaf):
+                raise NotInSequenceError(f"its blocks are given a {type(leaf).__name__}, which they may change")
         return hidden, cls(args[1:], rest)
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The hidden states behind a block."""
+        """The hidden states behind a block.
+
+        Raises:
+            NotInSequenceError: it writes into what it is given beside these, which other blocks may read.
+        """
+        versions = self.versions()
         found = block(hidden, *self.args, **self.kwargs)
+        if self.versions() != versions:
+            raise NotInSequenceError("a block writes into what it is given beside the hidden states")
         return found[0] if isinstance(found, tuple) else found
+
+    def versions(self) -> list[int]:
+        """How often each of the tensors was written to."""
+        tensors = (leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor))
+        return [_version(tensor) for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -80,12 +99,22 @@ class StandIns:
         result: what the last one gives; None for what entered the first, as all others give.
     """
 
-    def __init__(self, blocks: list[nn.Module], extras: list[int | None] | None = None):
-        """``extras``: values that each block puts out behind the hidden states, in a tuple; None for a bare tensor."""
+    def __init__(
+        self, blocks: list[nn.Module], extras: list[int | None] | None = None, modules: Collection[nn.Module] = ()
+    ):
+        """Nothing stands in yet.
+
+        Args:
+            blocks: in the order in which they are called.
+            extras: values that each puts out behind the hidden states, in a tuple; None for a bare tensor.
+            modules: those that may be called by the blocks they are in alone.
+        """
         self.blocks = blocks
+        self.modules = modules
         self.extras = extras or [None] * len(blocks)
         self.result: torch.Tensor | None = None
         self._calls: list[BlockCall] = []
+        self._versions: list[list[int]] = []
         self._entered: torch.Tensor
         self._given: tuple[torch.Tensor, int]
 
@@ -94,13 +123,14 @@ class StandIns:
 
         Raises:
             NotInSequenceError: blocks are not called once each in their order, or with other hidden states than the
-                one before gave.
+                one before gave, or with what is written to later; modules of blocks are called from elsewhere.
         """
-        self._calls = []
-        with self._standing_in():
+        self._calls, self._versions = [], []
+        with self._standing_in(), _called_within(self.blocks, self.modules, running=()):
             model(**batch)
         if len(self._calls) < len(self.blocks):
             raise NotInSequenceError(f"of its {len(self.blocks)} blocks it calls {len(self._calls)}")
+        _refuse_written(self._calls, self._versions)
         return self._entered, self._calls
 
     @contextlib.contextmanager
@@ -125,6 +155,7 @@ class StandIns:
         elif not _same(hidden, self._given[0]) or _version(self._given[0]) != self._given[1]:
             raise NotInSequenceError(f"it changes the hidden states between blocks {number - 1} and {number}")
         self._calls.append(call)
+        self._versions.append(call.versions())
         last = number == len(self.blocks) - 1
         given = self.result if last and self.result is not None else hidden
         self._given = given, _version(given)
@@ -149,10 +180,12 @@ def stand_ins_for(model: nn.Module, modules: Collection[nn.Module], batch: Mappi
     lists = _lists_of_blocks(model, modules)
     inside = {part for blocks in lists.values() for block in blocks for part in block.modules()}
     others = [module for module in modules if module not in inside]
-    with _watching([block for blocks in lists.values() for block in blocks], others) as whole:
+    every = [block for blocks in lists.values() for block in blocks]
+    with _watching(every, others) as whole, _called_within(every, modules, whole.running):
         model(**batch)
     blocks = _only_called(lists, whole)
-    stand_ins = StandIns(blocks, [whole.extras[block] for block in blocks])
+    _refuse_written(whole.calls, whole.versions)
+    stand_ins = StandIns(blocks, [whole.extras[block] for block in blocks], modules)
     stand_ins.result = whole.result
     with _watching([], others) as without:
         entering, calls = _calls_without_blocks(stand_ins, model, batch)
@@ -210,23 +243,30 @@ class _Seen:
 
     Attributes:
         order: blocks as they were called.
+        running: those that were called and are not done.
         calls: what each was called with.
+        versions: of the tensors of each call, when it came.
         extras: number of values that each put out behind the hidden states; None for a bare tensor.
         result: the hidden states behind the last.
         elsewhere: what entered other modules, in its order.
     """
 
     order: list[nn.Module] = field(default_factory=list)
+    running: list[nn.Module] = field(default_factory=list)
     calls: list[BlockCall] = field(default_factory=list)
+    versions: list[list[int]] = field(default_factory=list)
     extras: dict[nn.Module, int | None] = field(default_factory=dict)
     result: torch.Tensor | None = None
     elsewhere: list[Any] = field(default_factory=list)
 
     def enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self.order.append(block)
+        self.running.append(block)
         self.calls.append(BlockCall.of(args, kwargs)[1])
+        self.versions.append(self.calls[-1].versions())
 
     def leave(self, block: nn.Module, args: Any, output: Any) -> None:
+        self.running.remove(block)
         hidden = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(hidden, torch.Tensor):
             raise NotInSequenceError(f"a block puts out a {type(hidden).__name__}, no hidden states")
@@ -249,13 +289,55 @@ def _watching(blocks: list[nn.Module], others: list[nn.Module]) -> Iterator[_See
         yield seen
 
 
+@contextlib.contextmanager
+def _called_within(
+    blocks: list[nn.Module], modules: Collection[nn.Module], running: Collection[nn.Module]
+) -> Iterator[None]:
+    """Raises where one of the modules is called while no block that it is in is ``running``: block by block, that call
+    would not be seen."""
+    holders: dict[nn.Module, list[nn.Module]] = {}
+    names: dict[nn.Module, str] = {}
+    wanted = set(modules) - set(blocks)
+    for block in blocks:
+        for name, part in block.named_modules():
+            if part in wanted:
+                holders.setdefault(part, []).append(block)
+                names[part] = name
+
+    def look(module: nn.Module, args: Any) -> None:
+        if not any(block in running for block in holders[module]):
+            raise NotInSequenceError(f"it calls {names[module]} of a block outside of that block")
+
+    with contextlib.ExitStack() as stack:
+        for module in holders:
+            stack.callback(module.register_forward_pre_hook(look, prepend=True).remove)
+        yield
+
+
+def _refuse_written(calls: list[BlockCall], versions: list[list[int]]) -> None:
+    """Raise if the arguments of a call were written to after it came: what is kept is not what it was given."""
+    for number, (call, before) in enumerate(zip(calls, versions, strict=True)):
+        if call.versions() != before:
+            raise NotInSequenceError(f"what block {number} is given beside the hidden states is written to later")
+
+
+def _is_constant(leaf: Any) -> bool:
+    """Whether an argument is the same for ever, but for tensors, which tell when they were written to.
+
+    Of what a model shares among its blocks, a mapping that nothing was put into does no harm.
+    """
+    if leaf is None or isinstance(leaf, (torch.Tensor, *_CONSTANTS)):
+        return True
+    return isinstance(leaf, Mapping) and not leaf
+
+
 def _version(tensor: torch.Tensor) -> int:
     """How often a tensor was written to."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two trees of arguments are alike; of objects that are no numbers and no texts, the class."""
+    """Whether two trees of arguments are alike; of objects that are no constants, the class."""
     (mine, form), (theirs, other_form) = tree_flatten(one), tree_flatten(other)
     return form == other_form and all(map(_same_leaf, mine, theirs))
 
@@ -266,4 +348,4 @@ def _same_leaf(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         same_form = (one.shape, one.dtype) == (other.shape, other.dtype)
         return same_form and bool(((one == other.to(one.device)) | (one.isnan() & other.to(one.device).isnan())).all())
-    return one == other if isinstance(one, (bool, int, float, str)) else True
+    return one == other if isinstance(one, _CONSTANTS) else True

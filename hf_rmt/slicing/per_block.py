@@ -14,7 +14,7 @@ import torch
 
 from hf_rmt.models.activations import eager
 from hf_rmt.models.batches import Batches
-from hf_rmt.models.block_walk import BlockCall, StandIns
+from hf_rmt.models.block_walk import BlockCall, NotInSequenceError, StandIns
 from hf_rmt.models.live import evaluating
 from hf_rmt.models.moment_sums import MomentSum
 from hf_rmt.models.residual_stream import Stream
@@ -56,17 +56,18 @@ def slice_in_sequence_(stream: Stream, batches: Batches, basis_of: BasisOf, prog
 
     Returns:
         The number of tokens, of all processes.
+
+    Raises:
+        ValueError: its blocks are not called one after the other, or change what they are given beside the stream.
     """
     give_shortcuts_(stream)
     walk = _Walk(stream, basis_of)
     with torch.no_grad(), evaluating(stream.model), eager(stream.model):
-        walk.begin(batches)
-        with progress_bar(progress, len(stream.blocks)) as advance:
-            for number in range(len(stream.blocks)):
-                advance(f"block {number}", 0)
-                walk.block(number)
-                advance("", 1)
-        walk.border(len(stream.sites) - 1)
+        try:
+            walk.through(batches, progress)
+        except NotInSequenceError as error:
+            name = type(stream.model).__name__
+            raise ValueError(f"{name} cannot be sliced block by block: {error}; give per_block=False") from error
     return walk.tokens
 
 
@@ -78,6 +79,16 @@ class _Walk:
         self.basis_of = basis_of
         self.rows: list[_Rows] = []
         self.tokens = 0
+
+    def through(self, batches: Batches, progress: bool | None) -> None:
+        """Slice at all sites."""
+        self.begin(batches)
+        with progress_bar(progress, len(self.stream.blocks)) as advance:
+            for number in range(len(self.stream.blocks)):
+                advance(f"block {number}", 0)
+                self.block(number)
+                advance("", 1)
+        self.border(len(self.stream.sites) - 1)
 
     def begin(self, batches: Batches) -> None:
         """What the embeddings give, and what each block is called with."""

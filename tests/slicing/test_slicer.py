@@ -254,6 +254,17 @@ def test_shares_that_make_no_slice(keep: Any, message: str, stream_model: Stream
         slice_model(model, keep, batches(model), form="registered", **_QUIET)
 
 
+def test_blocks_that_cannot_run_by_themselves(stream_model: StreamModel) -> None:
+    def write(block: Any, args: Any, kwargs: Any) -> None:
+        kwargs["position_embeddings"][0].mul_(1)
+
+    model = stream_model("llama")
+    model.model.layers[1].register_forward_pre_hook(write, with_kwargs=True)
+    why = "a block writes into what it is given beside the hidden states; give per_block=False"
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM cannot be sliced block by block: {why}"):
+        slice_model(model, Width(0.5), batches(model), per_block=True, **_QUIET)
+
+
 def test_shortcuts_that_make_it_larger(stream_model: StreamModel) -> None:
     model = stream_model("llama", intermediate_size=16, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"residual connections have matrices: keep less, or take one basis for the"):
