@@ -43,8 +43,8 @@ class RMTCallback(TrainerCallback):
     Logs ``rmt/<role>/<column>``, means over blocks, to the trackers of the Trainer; writes a report for each
     analysis and the comparison under ``folder``. If ``metric_for_best_model`` is such a name, every evaluation
     gets its value (add callbacks that read it, as ``EarlyStoppingCallback``, after this one). Steps at which
-    nothing is due cost nothing. On several processes the first one works and the others wait, at most the
-    ``ddp_timeout`` of the Trainer; where the weights are sharded (FSDP2) each does the same work.
+    nothing is due cost nothing. On several processes each analyses its share of the matrices; the first one alone
+    writes, and compares replicated weights with the start, while the others wait.
 
     Args:
         trainer: by which numbers reach trackers: ``trainer.add_callback(RMTCallback(trainer))``. Without it

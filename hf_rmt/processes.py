@@ -48,7 +48,7 @@ def _joined() -> bool:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.accelerator.is_available())  # chooses the backend
-        atexit.register(_leave, "of")
+        atexit.register(_leave, True)
     return distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -106,17 +106,22 @@ def _group() -> Any:
     world = distributed.group.WORLD
     if _GROUPS.get("of") is not world:  # another launch, in a process that has left the one before
         _GROUPS.update(of=world, group=distributed.new_group(backend="gloo", timeout=_WORK))
-        atexit.register(_leave, "group")
+        atexit.register(_leave, False)
     return _GROUPS["group"]
 
 
 _GROUPS: dict[str, Any] = {}
 
 
-def _leave(which: str) -> None:
-    """Take down a group before the interpreter does: threads of gloo that outlive it may abort the process."""
-    if distributed.is_initialized() and _GROUPS.get("of") is distributed.group.WORLD:
-        distributed.destroy_process_group(_GROUPS[which])
+def _leave(joined_here: bool) -> None:
+    """Take down our group, or the launch's too, before the interpreter does: threads of gloo that outlive it may abort
+    the process. Nothing may hold on to a group then."""
+    known = _GROUPS.pop("of", None) is distributed.group.WORLD
+    own = _GROUPS.pop("group", None)
+    if distributed.is_initialized() and known and own is not None:
+        distributed.destroy_process_group(own)
+    if distributed.is_initialized() and joined_here:
+        distributed.destroy_process_group()
 
 
 def _store() -> Any:
