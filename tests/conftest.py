@@ -7,7 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,16 @@ def minilm() -> Path:
 
 
 @pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that fork, as threads do not outlive that."""
+    from hf_rmt import workers
+
+    monkeypatch.setattr(workers, "cores", lambda: 1)
+    with workers.threads(1):
+        yield
+
+
+@pytest.fixture
 def launch() -> Callable[..., None]:
     """Runs a function with arguments in two processes of one thread each; what fails there fails here."""
 
@@ -114,8 +124,11 @@ def launch() -> Callable[..., None]:
 def _one_of_several(function: Callable[..., None], args: tuple[Any, ...]) -> None:
     from accelerate.state import AcceleratorState, PartialState
 
+    from hf_rmt import workers
+
     AcceleratorState._reset_state()  # what an earlier test has left
     PartialState._reset_state()
+    workers.cores = lambda: 1  # threads do not outlive a fork
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate sets more
     function(*args)

@@ -369,5 +369,6 @@ def test_prune_does_not_overwrite_another_model_unasked(checkpoint: Path, monkey
         result = CliRunner().invoke(cli, arguments)
     assert isinstance(result.exception, ValueError) and "overwrite=True" in str(result.exception)
     assert not (checkpoint / "hf_rmt.json").exists()
-    assert CliRunner().invoke(cli, [*arguments, "--overwrite"]).exit_code == 0
-    assert (checkpoint / "hf_rmt.json").is_file()
+    itself = CliRunner().invoke(cli, [*arguments, "--overwrite"])
+    assert isinstance(itself.exception, ValueError) and "is the checkpoint itself" in str(itself.exception)
+    assert not (checkpoint / "hf_rmt.json").exists()

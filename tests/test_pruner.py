@@ -650,7 +650,7 @@ def test_weights_that_are_not_in_memory(make_model, tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     matrices = Checkpoint(tmp_path).matrices()
     editor = Editor(matrices, FactorStore(matrices, AnalysisConfig(workers=1), None, None), Originals(None))
-    with pytest.raises(ValueError, match=r"is read from a file.* load the model, and change that"):
+    with pytest.raises(ValueError, match=r"is read from a file.* load the model and change that"):
         editor.add(Decile(1), [0, 3], None, None)
     assert not editor.store.known and not editor.edits
     with pytest.raises(TypeError, match="takes a model, not"):

@@ -78,7 +78,11 @@ _RUNS: dict[store.Kind, Callable[[nn.Module, Path], object]] = {
 @pytest.mark.parametrize("kind", _RUNS)
 @pytest.mark.parametrize("before_the_manifest", [True, False])
 def test_killed_once_the_result_is_whole(
-    kind: store.Kind, before_the_manifest: bool, make_model: Callable[..., nn.Module], tmp_path: Path
+    kind: store.Kind,
+    before_the_manifest: bool,
+    make_model: Callable[..., nn.Module],
+    one_thread: None,
+    tmp_path: Path,
 ) -> None:
     """While its files move into place, or when they are there and the partial ones are not yet gone."""
     model, original = make_model("bert"), os.replace

@@ -317,7 +317,12 @@ def test_a_killed_run_goes_on_with_the_block_where_it_stopped(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("file", ["hidden-0-1", "hidden-2-1", "sums-1", "unfinished-covariances-0"])
 def test_a_process_may_die_while_it_writes(
-    file: str, llama: nn.Module, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str,
+    llama: nn.Module,
+    batches: list[Batch],
+    one_thread: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without a chance to tidy up; what it was writing is half there."""
     expected = collect(llama, batches, sequential=False)
