@@ -161,7 +161,7 @@ class RMTAnalyzer:
         assemble("analyze")
         run = AnalysisRun(matrices, settings, self.origin, covariances)
         if folder is None:
-            return run.analysed()
+            return run.made()
         return run.in_folder(Path(folder))
 
     def collect(
@@ -241,5 +241,5 @@ class RMTAnalyzer:
         run = ComparisonRun(*analyzers_of(before, after), settings, roles, blocks)
         assemble("compare")
         if folder is None:
-            return run.compared()
+            return run.made()
         return run.in_folder(Path(folder))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,11 @@ from hf_rmt.models.adapters import is_adapter, load_adapter
 from hf_rmt.models.digests import digest_of
 from hf_rmt.models.live import callable_of, unwrap
 from hf_rmt.models.matrices import WeightMatrix, select
-from hf_rmt.processes import by_the_first
 from hf_rmt.reports import store
 from hf_rmt.reports.comparison import MatrixComparison, ModelComparison, common_names, one_sided, refuse_other_shapes
 from hf_rmt.reports.result import MatrixResult
 from hf_rmt.run import AnalysisRun
-from hf_rmt.sharing import MatrixTasks, opened
+from hf_rmt.sharing import MatrixRun, MatrixTasks
 from hf_rmt.theory.comparison import DECILES, change_stable_rank, energy_by_decile, frobenius_norm, match
 from hf_rmt.theory.decomposition import SVDFactors, as_float
 from hf_rmt.workers import where_it_fits
@@ -137,8 +135,12 @@ def _vector_columns(parts: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
-class ComparisonRun:
+class ComparisonRun(MatrixRun[ComparedMatrix, ModelComparison]):
     """One comparison: the matrices of both sides, the settings, and what a folder must agree with."""
+
+    kind = "comparison"
+    result_class = ComparedMatrix
+    whole_class = ModelComparison
 
     def __init__(
         self,
@@ -168,59 +170,39 @@ class ComparisonRun:
         self.settings = self.decisive | {"before": origins[0], "after": origins[1]} | one_sided(*names)
         self.settings["versions"] = self.before.settings["versions"]
 
-    def compared(self) -> ModelComparison:
-        """The comparison, of all processes together."""
-        return self._comparison(self._tasks().results())
-
-    def _comparison(self, found: list[ComparedMatrix]) -> ModelComparison:
+    def whole(self, results: Sequence[ComparedMatrix]) -> ModelComparison:
+        """The comparison, from that of each pair."""
         return ModelComparison(
-            (one.comparison for one in found),
-            self.before.report(one.before for one in found),
-            self.after.report(one.after for one in found),
+            (one.comparison for one in results),
+            self.before.whole(one.before for one in results),
+            self.after.whole(one.after for one in results),
             self.settings,
         )
 
-    def in_folder(self, folder: Path) -> ModelComparison:
-        """The same, kept in a folder matrix by matrix; what an earlier run left there is used."""
-        check = partial(self._check_same_weights, folder)
-        tasks = self._tasks()
-        if by_the_first(lambda: store.is_saved(folder, "comparison")):
-            return self._finished(folder, tasks, check)
-        with opened(folder, self._identity(), ComparedMatrix) as unfinished:
-            comparison = self._comparison(tasks.kept(unfinished, check))
-            by_the_first(lambda: comparison.save(folder))
-            unfinished.remove()
-        return comparison
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What a folder must have been made for."""
         return {"before": self.before.identity(), "after": self.after.identity()}
 
-    def _finished(
-        self, folder: Path, tasks: MatrixTasks[ComparedMatrix], check: Callable[[int, Any], None]
-    ) -> ModelComparison:
-        """The comparison of an earlier run, if it is one of the same weights under the same settings."""
-        earlier = by_the_first(lambda: ModelComparison.load(folder))
+    def results_of(self, earlier: ModelComparison, folder: Path) -> list[ComparedMatrix]:
+        """Its results, if it is one of the same matrices under the same settings."""
         wanted = self.decisive | {"matrices": [old.name for old, _ in self.pairs]}
         store.refuse_other(folder, earlier.settings | {"matrices": list(earlier)}, wanted)
-        found = [ComparedMatrix(earlier.before[name], earlier.after[name], earlier[name]) for name in earlier]
-        tasks.check(found, check)
-        by_the_first(lambda: store.settle(folder, "comparison", self._identity()))
-        return earlier
+        return [ComparedMatrix(earlier.before[name], earlier.after[name], earlier[name]) for name in earlier]
 
-    def _check_same_weights(self, folder: Path, index: int, found: ComparedMatrix) -> None:
-        for side, matrix, earlier in zip(
-            ("before", "after"), self.pairs[index], (found.before, found.after), strict=True
+    def check(self, folder: Path, index: int, earlier: ComparedMatrix) -> None:
+        """Raise unless a result is of the weights that there are."""
+        for side, matrix, result in zip(
+            ("before", "after"), self.pairs[index], (earlier.before, earlier.after), strict=True
         ):
-            if earlier.name != matrix.name or earlier.digest != digest_of(matrix.read()):
+            if result.name != matrix.name or result.digest != digest_of(matrix.read()):
                 raise ValueError(
                     f"{folder} belongs to other models: the weights of {matrix.name} {side} differ; give another folder"
                 )
-            if self.config.strict and not len(earlier.s):
-                raise ValueError(f"{matrix.name}: {earlier.row['note']}; repair the weights, or compare without strict")
+            if self.config.strict and not len(result.s):
+                raise ValueError(f"{matrix.name}: {result.row['note']}; repair the weights, or compare without strict")
 
-    def _tasks(self) -> MatrixTasks[ComparedMatrix]:
-        """The comparison of each pair."""
+    def tasks(self, kept: bool) -> MatrixTasks[ComparedMatrix]:
+        """The comparison of each pair, which always says what weights it is of."""
         return MatrixTasks(
             self.pairs, lambda indices: lambda old, new: compare_matrix(old, new, self.config), self.config, copies=2
         )

@@ -6,7 +6,6 @@ import platform
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,20 @@ from hf_rmt.analysis import Bases, analyse_matrix
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.digests import digest_of, fingerprint_of
 from hf_rmt.models.matrices import WeightMatrix
-from hf_rmt.processes import by_the_first
 from hf_rmt.reports import store
 from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.reports.report import AnalysisReport
 from hf_rmt.reports.result import MatrixResult
-from hf_rmt.sharing import MatrixTasks, opened
+from hf_rmt.sharing import MatrixRun, MatrixTasks
 from hf_rmt.theory.covariance import Eigenbasis
 
 
-class AnalysisRun:
+class AnalysisRun(MatrixRun[MatrixResult, AnalysisReport]):
     """One analysis: the matrices chosen, the settings, and what a folder must agree with."""
+
+    kind = "report"
+    result_class = MatrixResult
+    whole_class = AnalysisReport
 
     def __init__(
         self,
@@ -58,39 +60,19 @@ class AnalysisRun:
         shapes = {matrix.name: [*matrix.shape, str(matrix.dtype)] for matrix in self.matrices}
         return self.decisive | {"matrices": shapes}
 
-    def report(self, results: Iterable[MatrixResult]) -> AnalysisReport:
+    def whole(self, results: Iterable[MatrixResult]) -> AnalysisReport:
         """The report of the results of all matrices."""
         return AnalysisReport(results, self.settings)
 
-    def analysed(self) -> AnalysisReport:
-        """The report, of all processes together."""
-        return self.report(self._tasks().results())
-
-    def in_folder(self, folder: Path) -> AnalysisReport:
-        """The same, kept in a folder matrix by matrix; what an earlier run left there is used."""
-        check = partial(self._check_same_weights, folder)
-        tasks = self._tasks(digest=True)
-        if by_the_first(lambda: store.is_saved(folder, "report")):
-            return self._finished(folder, tasks, check)
-        with opened(folder, self.identity(), MatrixResult) as unfinished:
-            report = self.report(tasks.kept(unfinished, check))
-            by_the_first(lambda: report.save(folder))
-            unfinished.remove()
-        return report
-
-    def _finished(
-        self, folder: Path, tasks: MatrixTasks[MatrixResult], check: Callable[[int, MatrixResult], None]
-    ) -> AnalysisReport:
-        """The report of an earlier run, if it is one of the same weights under the same settings."""
-        report = by_the_first(lambda: AnalysisReport.load(folder))
+    def results_of(self, earlier: AnalysisReport, folder: Path) -> list[MatrixResult]:
+        """Its results, if it is one of the same matrices under the same settings."""
         wanted = self.decisive
-        store.refuse_other(folder, {key: report.settings.get(key) for key in wanted}, wanted)
-        store.refuse_other(folder, {"matrices": list(report)}, {"matrices": [matrix.name for matrix in self.matrices]})
-        tasks.check(list(report.values()), check)
-        by_the_first(lambda: store.settle(folder, "report", self.identity()))
-        return report
+        store.refuse_other(folder, {key: earlier.settings.get(key) for key in wanted}, wanted)
+        store.refuse_other(folder, {"matrices": list(earlier)}, {"matrices": [matrix.name for matrix in self.matrices]})
+        return list(earlier.values())
 
-    def _check_same_weights(self, folder: Path, index: int, earlier: MatrixResult) -> None:
+    def check(self, folder: Path, index: int, earlier: MatrixResult) -> None:
+        """Raise unless a result is of the weights that there are."""
         matrix = self.matrices[index]
         if not earlier.digest:
             raise ValueError(f"{folder} holds a report that was saved without this run; give another folder")
@@ -101,13 +83,13 @@ class AnalysisRun:
         if self.config.strict and not len(earlier.s):
             raise ValueError(f"{matrix.name}: {earlier.row['note']}; repair the weights, or analyse without strict")
 
-    def _tasks(self, digest: bool = False) -> MatrixTasks[MatrixResult]:
-        """The analysis of each; ``digest``: with what a resumed run knows the weights by."""
+    def tasks(self, kept: bool) -> MatrixTasks[MatrixResult]:
+        """The analysis of each."""
 
         def work_on(indices: Sequence[int]) -> Callable[[WeightMatrix], MatrixResult]:
             own = [self.matrices[index] for index in indices]
             bases = None if self.covariances is None else EigenbasisPool(self.covariances, own).of
-            return lambda matrix: analyse_matrix(matrix, self.config, digest, bases)
+            return lambda matrix: analyse_matrix(matrix, self.config, kept, bases)
 
         return MatrixTasks([(matrix,) for matrix in self.matrices], work_on, self.config)
 

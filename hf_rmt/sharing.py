@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.matrices import WeightMatrix
@@ -25,6 +26,7 @@ from hf_rmt.reports import store
 from hf_rmt.workers import resident_memory, run_longest_first, seconds_estimate, workers_for, working_bytes
 
 Result = TypeVar("Result", bound=store.Storable)
+Whole = TypeVar("Whole", bound="Savable")
 Made = TypeVar("Made")
 
 
@@ -33,8 +35,8 @@ class MatrixTasks(Generic[Result]):
     """The same work on each of many matrices, or pairs of them.
 
     Over several processes, which have to ``assemble`` before, each does its share, the longest first, and all get all
-    results. Where they
-    hold the weights together (FSDP2, ZeRO-3) they read them in step, and each works on what its turn gives it.
+    results. Where they hold the weights together (FSDP2, ZeRO-3) they read them in step, and each works on what its
+    turn gives it.
 
     Attributes:
         matrices: those of each task; the first gives it its name.
@@ -142,6 +144,71 @@ class MatrixTasks(Generic[Result]):
                             result = work(*matrices)
                         keep(own, result)
                 advance("", len(taken))
+
+
+class Savable(Protocol):
+    """What is written to a folder as a whole."""
+
+    def save(self, folder: str | Path) -> Path:
+        """Write it, all or nothing."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Any:
+        """What is there."""
+
+
+class MatrixRun(abc.ABC, Generic[Result, Whole]):
+    """Work on many matrices whose results make a whole: an analysis its report, a comparison its tables."""
+
+    kind: store.Kind
+    result_class: type[store.Storable]
+    whole_class: type[Whole]
+
+    @abc.abstractmethod
+    def tasks(self, kept: bool) -> MatrixTasks[Result]:
+        """What is done on each matrix; ``kept``: the results say what weights they are of."""
+
+    @abc.abstractmethod
+    def whole(self, results: Sequence[Result]) -> Whole:
+        """What the results of all matrices make."""
+
+    @abc.abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a folder must have been made for."""
+
+    @abc.abstractmethod
+    def results_of(self, earlier: Whole, folder: Path) -> list[Result]:
+        """The results in what an earlier run has saved.
+
+        Raises:
+            ValueError: it was of other matrices, or under other settings.
+        """
+
+    @abc.abstractmethod
+    def check(self, folder: Path, index: int, earlier: Result) -> None:
+        """Hold a result of an earlier run against the weights.
+
+        Raises:
+            ValueError: it is of others.
+        """
+
+    def made(self) -> Whole:
+        """The whole, of all processes together."""
+        return self.whole(self.tasks(kept=False).results())
+
+    def in_folder(self, folder: Path) -> Whole:
+        """The same, kept in a folder matrix by matrix; what an earlier run left there is used."""
+        tasks, check = self.tasks(kept=True), functools.partial(self.check, folder)
+        if by_the_first(lambda: store.is_saved(folder, self.kind)):
+            earlier = by_the_first(lambda: self.whole_class.load(folder))
+            tasks.check(self.results_of(earlier, folder), check)
+            by_the_first(lambda: store.settle(folder, self.kind, self.identity()))
+            return earlier
+        with opened(folder, self.identity(), self.result_class) as unfinished:
+            whole = self.whole(tasks.kept(unfinished, check))
+            by_the_first(lambda: whole.save(folder))
+            unfinished.remove()
+        return whole
 
 
 def _is_collective(matrix: WeightMatrix) -> bool:
