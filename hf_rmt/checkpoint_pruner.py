@@ -21,15 +21,15 @@ from hf_rmt.config import AnalysisConfig
 from hf_rmt.model_card import PruningRecord, read_scores
 from hf_rmt.models.checkpoints import Checkpoint
 from hf_rmt.models.digests import digest_of
-from hf_rmt.models.matrices import WeightMatrix, select
+from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.models.origins import Original
 from hf_rmt.processes import assemble, by_the_first, failing_together
-from hf_rmt.pruner import chosen_blocks, chosen_roles, one_of
 from hf_rmt.reports import store
 from hf_rmt.sharing import MatrixTasks, opened
 from hf_rmt.surgery.description import AFFECTED, row_of
 from hf_rmt.surgery.editor import Edit
 from hf_rmt.surgery.factors import factored
+from hf_rmt.surgery.request import Request
 from hf_rmt.theory.removal import without
 from hf_rmt.theory.selection import Selection
 
@@ -81,7 +81,8 @@ class CheckpointPruner:
         self.origin = analyzer.origin
         self.matrices = analyzer.matrices
         self.config = AnalysisConfig.of(config, options)
-        self._wanted: list[_Wanted] = []
+        #: What is to be removed, and the names of the matrices that it is of.
+        self._wanted: dict[Request, frozenset[str]] = {}
         self._made: PruningRecord | None = None
         self._folder: Path | None = None
 
@@ -106,14 +107,12 @@ class CheckpointPruner:
             ValueError: nothing matches roles and blocks; a selection by overlap, which needs a model that runs.
             TypeError: not exactly one selection.
         """
-        chosen = one_of(selection, keep)
-        if "overlapping" in str(chosen):
+        request = Request.of(selection, keep, roles, blocks)
+        if request.selection.needs_activations:
             raise ValueError(
-                f"{chosen}: overlaps need the activations: load the model, and use SVDPruner(covariances=)"
+                f"{request.selection}: overlaps need the activations: load the model, and use SVDPruner(covariances=)"
             )
-        names, numbers = chosen_roles(roles), chosen_blocks(blocks)
-        touched = tuple(matrix.name for matrix in select(self.matrices, names, numbers))
-        self._wanted.append(_Wanted(chosen, names, numbers, touched))
+        self._wanted[request] = frozenset(matrix.name for matrix in request.matrices(self.matrices))
 
     def save_pretrained(
         self, folder: str | Path, *, tokenizer: Any = None, metrics: Any = None, overwrite: bool = False
@@ -194,7 +193,7 @@ class CheckpointPruner:
             ValueError: nothing was written yet; else as there.
         """
         record, folder = self._written()
-        return hub.send(self._source(folder), record, repo_id, tokenizer=tokenizer, how=hub.Push(**how))
+        return hub.send(lambda: self._source(folder), record, repo_id, tokenizer=tokenizer, how=hub.Push(**how))
 
     def _written(self) -> tuple[PruningRecord, Path]:
         if self._made is None or self._folder is None:
@@ -206,7 +205,7 @@ class CheckpointPruner:
     def _identity(self) -> dict[str, Any]:
         """What an unfinished run must have been begun for."""
         shapes = {matrix.name: [*matrix.shape, str(matrix.dtype)] for matrix in self.matrices}
-        wanted = [[str(one.selection), one.roles, one.blocks] for one in self._wanted]
+        wanted = [[str(request.selection), request.roles, request.blocks] for request in self._wanted]
         null = {"null_draws": self.config.null_draws, "seed": self.config.seed}
         files = {name: (self.checkpoint.folder / name).stat() for name in self.checkpoint.file_names()}
         seen = {name: [file.st_size, file.st_mtime_ns] for name, file in files.items()}
@@ -228,7 +227,7 @@ class CheckpointPruner:
     def _tasks(self, copy: Path) -> MatrixTasks[PrunedMatrices]:
         """One for what is written at once: the tensors that make up a parameter, or several, or one expert of it."""
         written = {matrix.name: matrix for matrix in Checkpoint(copy, writable=True).matrices()}
-        touched = set().union(*(one.names for one in self._wanted))
+        touched = frozenset().union(*self._wanted.values())
         groups: dict[Any, list[WeightMatrix]] = defaultdict(list)
         for matrix in self.matrices:
             if matrix.name in touched:
@@ -246,9 +245,9 @@ class CheckpointPruner:
             digest = digest_of(weight)
             found = factored(matrix, weight, digest, self.config)
             whole = torch.zeros(min(matrix.shape), dtype=torch.bool)
-            for number, one in enumerate(self._wanted):
-                if matrix.name in one.names:
-                    result.masks[f"{number}/{matrix.name}"] = mask = one.selection.mask(found)
+            for number, (request, names) in enumerate(self._wanted.items()):
+                if matrix.name in names:
+                    result.masks[f"{number}/{matrix.name}"] = mask = request.selection.mask(found)
                     whole |= mask
             if whole.any():
                 written[matrix.name].write(without(weight, found.factors, whole))
@@ -270,10 +269,19 @@ class CheckpointPruner:
         order = {matrix.name: position for position, matrix in enumerate(self.matrices)}
         rows = sorted((row for one in made for row in one.rows), key=lambda row: order[row["name"]])
         table = pd.DataFrame(rows, columns=[*AFFECTED, "weights"]).astype({"block": "Int64"})
-        edits = tuple(one.edit(number, made) for number, one in enumerate(self._wanted)) if made else ()
         touched = {row["name"] for row in rows}
         kinds = {matrix.kind for matrix in self.matrices if matrix.name in touched}
-        return PruningRecord.made(self.checkpoint.skeleton, self.origin, edits, table, (kinds, self.config), scores)
+        return PruningRecord.made(
+            self.checkpoint.skeleton, self.origin, self._edits(made), table, (kinds, self.config), scores
+        )
+
+    def _edits(self, made: Sequence[PrunedMatrices]) -> tuple[Edit, ...]:
+        """What was removed, in the order in which it was asked for."""
+        masks: list[dict[str, torch.Tensor]] = [{} for _ in self._wanted]
+        for key, mask in (item for one in made for item in one.masks.items()):
+            number, _, name = key.partition("/")
+            masks[int(number)][name] = mask
+        return tuple(map(Edit, self._wanted, masks))
 
     def _source(self, folder: Path) -> hub.Source:
         from hf_rmt.models.text import tokenizer_of
@@ -288,25 +296,6 @@ class CheckpointPruner:
                 shutil.copyfile(path, place / path.name)
 
         return hub.Source(write, original, lambda: tokenizer_of(self.origin["model"], self.origin["revision"]))
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """One removal that was asked for, and the names of the matrices that it is of."""
-
-    selection: Selection
-    roles: tuple[str, ...] | None
-    blocks: tuple[int, ...] | None
-    names: tuple[str, ...]
-
-    def edit(self, number: int, made: Sequence[PrunedMatrices]) -> Edit:
-        """The same once it is done, as the ``number``-th."""
-        masks = {key: mask for one in made for key, mask in one.masks.items()}
-        own = {name: masks[f"{number}/{name}"] for name in self.names}
-        return Edit(self.selection, self.roles, self.blocks, own)
-
-    def __str__(self) -> str:
-        return str(Edit(self.selection, self.roles, self.blocks, {}))
 
 
 @dataclass(frozen=True)

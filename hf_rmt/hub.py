@@ -126,18 +126,19 @@ def upload(model: PreTrainedModel, record: ModelRecord, repo_id: str, *, tokeniz
         OSError: the Hub, or the way to it, failed.
         ValueError, TypeError: no name of a repository, one that is to be private and is public, no tokenizer.
     """
-    repo = by_the_first(lambda: _full_name(repo_id, how))
-    return send(Source.of_model(model), record, repo, tokenizer=tokenizer, how=how)
+    return send(functools.partial(Source.of_model, model), record, repo_id, tokenizer=tokenizer, how=how)
 
 
-def send(source: Source, record: ModelRecord, repo_id: str, *, tokenizer: Any = None, how: Push) -> CommitInfo:
-    """The same of what is no model in memory.
+def send(
+    source: Callable[[], Source], record: ModelRecord, repo_id: str, *, tokenizer: Any = None, how: Push
+) -> CommitInfo:
+    """The same of what is no model in memory; ``source`` gives it, once the repository has a name.
 
     Raises:
         PermissionError, OSError, ValueError, TypeError: as ``upload``.
     """
     repo = by_the_first(lambda: _full_name(repo_id, how))
-    files = _Files(source, record, tokenizer, repo)
+    files = _Files(source(), record, tokenizer, repo)
 
     def build_and_upload() -> CommitInfo:
         with tempfile.TemporaryDirectory(prefix="hf_rmt-") as place:

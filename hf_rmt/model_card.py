@@ -280,7 +280,7 @@ def _options(edits: tuple[Edit, ...], kinds: set[Kind], config: AnalysisConfig) 
         "embeddings=True": "embedding" in kinds,
         "head=True": "head" in kinds,
         "convolutions=True": "convolution" in kinds,
-        "covariances=covariances": any("overlapping" in str(edit.selection) for edit in edits),
+        "covariances=covariances": any(edit.selection.needs_activations for edit in edits),
         f"null_draws={config.null_draws}, seed={config.seed}": config.null_draws is not None,
     }
     return tuple(option for option, needed in options.items() if needed)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rmt.analyzer import RMTAnalyzer
 from hf_rmt.config import AnalysisConfig
-from hf_rmt.models.matrices import select
 from hf_rmt.run import EigenbasisPool
 from hf_rmt.surgery import description
 from hf_rmt.surgery.editor import Edit, Editor
 from hf_rmt.surgery.factors import FactorStore
 from hf_rmt.surgery.originals import Originals
+from hf_rmt.surgery.request import Request
 from hf_rmt.theory.selection import Selection
 
 if TYPE_CHECKING:
@@ -117,10 +117,7 @@ class SVDPruner:
                 pruner's back; it holds NaN; it has fewer components than asked for. The model is then unchanged.
             TypeError: not exactly one selection.
         """
-        chosen = one_of(selection, keep)
-        names, numbers = chosen_roles(roles), chosen_blocks(blocks)
-        indices = [self.editor.index[matrix.name] for matrix in select(self.matrices, names, numbers)]
-        return self.editor.add(chosen, indices, names, numbers)
+        return self.editor.add(Request.of(selection, keep, roles, blocks))
 
     @contextlib.contextmanager
     def removed(
@@ -356,28 +353,3 @@ class SVDPruner:
     def _refuse_projected(self) -> None:
         if self.projections:
             raise ValueError("projections of the residual stream are no weights: restore() the model, or slice() it")
-
-
-def one_of(selection: Selection | None, keep: Selection | None) -> Selection:
-    """What is to be removed."""
-    if (selection is None) == (keep is None):
-        raise TypeError("give one of a selection to remove and keep=, a selection to keep")
-    chosen = keep if selection is None else selection
-    if not isinstance(chosen, Selection):
-        raise TypeError(f"{chosen!r} is no selection, as Decile(10) is one; parse_selection reads its name")
-    return ~chosen if selection is None else chosen
-
-
-def chosen_roles(roles: str | Collection[str] | None) -> tuple[str, ...] | None:
-    """Roles as they are asked for, None for all."""
-    names = () if roles is None else (roles,) if isinstance(roles, str) else tuple(roles)
-    return None if roles is None or "all" in names else names
-
-
-def chosen_blocks(blocks: int | Collection[int] | None) -> tuple[int, ...] | None:
-    """Blocks as numbers, None for all."""
-    if blocks is None:
-        return None
-    if isinstance(blocks, str):
-        raise TypeError(f"blocks is {blocks!r}: give numbers, as blocks=[0, 1]")
-    return tuple(map(int, blocks)) if isinstance(blocks, Iterable) else (int(blocks),)

@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 import transformers
 from torch import nn
 
-from hf_rmt import workers
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.checkpoints import Checkpoint
 from hf_rmt.models.matrices import WeightMatrix
@@ -28,6 +27,7 @@ from hf_rmt.surgery.description import p_value_profiles, removed_by
 from hf_rmt.surgery.editor import Edit, Editor
 from hf_rmt.surgery.factors import FactorStore
 from hf_rmt.surgery.originals import Originals
+from hf_rmt.surgery.request import Request
 from hf_rmt.theory.selection import (
     Bottom,
     Bulk,
@@ -48,12 +48,8 @@ QUERY = "encoder.layer.0.attention.self.query"
 State = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small matrices: threads cost more than they bring, and do not outlive a fork."""
-    monkeypatch.setattr(workers, "cores", lambda: 1)
-    with workers.threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pruner_of(model: nn.Module, **options: Any) -> SVDPruner:
@@ -651,7 +647,7 @@ def test_weights_that_are_not_in_memory(make_model, tmp_path: Path) -> None:
     matrices = Checkpoint(tmp_path).matrices()
     editor = Editor(matrices, FactorStore(matrices, AnalysisConfig(workers=1), None, None), Originals(None))
     with pytest.raises(ValueError, match=r"is read from a file.* load the model and change that"):
-        editor.add(Decile(1), [0, 3], None, None)
+        editor.add(Request(Decile(1)))
     assert not editor.store.known and not editor.edits
     with pytest.raises(TypeError, match="takes a model, not"):
         SVDPruner(str(tmp_path))  # type: ignore[arg-type]
@@ -949,7 +945,7 @@ def test_sharded_models(make_model, tmp_path: Path, launch: Callable[..., None])
     """FSDP2 over two processes, which factor each for itself and share the folder."""
     model = make_model("bert")
     launch(_remove_sharded, model, tmp_path)
-    assert not list((tmp_path / "factors").glob("incoming-*"))
+    assert not list((tmp_path / "factors").glob("*.part"))
 
 
 # Saved

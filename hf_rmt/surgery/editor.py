@@ -11,6 +11,7 @@ from hf_rmt.models.digests import digest_of
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.surgery.factors import FactorStore
 from hf_rmt.surgery.originals import Originals
+from hf_rmt.surgery.request import Request
 from hf_rmt.theory.removal import without
 from hf_rmt.theory.selection import Selection
 
@@ -20,15 +21,27 @@ class Edit:
     """One removal from some matrices of a model.
 
     Attributes:
-        selection: what is removed; of a call with ``keep=``, the complement.
-        roles, blocks: what the caller asked for.
+        request: what was asked for.
         masks: by name of the matrix, ``(p,)`` booleans of the components removed.
     """
 
-    selection: Selection
-    roles: tuple[str, ...] | None
-    blocks: tuple[int, ...] | None
+    request: Request
     masks: Mapping[str, torch.Tensor] = field(repr=False)
+
+    @property
+    def selection(self) -> Selection:
+        """What is removed; of a call with ``keep=``, the complement."""
+        return self.request.selection
+
+    @property
+    def roles(self) -> tuple[str, ...] | None:
+        """Roles or names that were asked for; None for all."""
+        return self.request.roles
+
+    @property
+    def blocks(self) -> tuple[int, ...] | None:
+        """Blocks that were asked for; None for all."""
+        return self.request.blocks
 
     @property
     def names(self) -> list[str]:
@@ -46,9 +59,7 @@ class Edit:
         return [name for name, mask in self.masks.items() if mask.all()]
 
     def __str__(self) -> str:
-        where = ", ".join(self.roles) if self.roles else "all matrices"
-        blocks = f" in blocks {', '.join(map(str, self.blocks))}" if self.blocks is not None else ""
-        return f"{self.selection} of {where}{blocks}"
+        return str(self.request)
 
 
 class Editor:
@@ -67,25 +78,20 @@ class Editor:
         #: Digest of what an edited matrix holds now.
         self.written: dict[int, str] = {}
 
-    def add(
-        self,
-        selection: Selection,
-        indices: Collection[int],
-        roles: tuple[str, ...] | None,
-        blocks: tuple[int, ...] | None,
-    ) -> Edit:
-        """Remove a selection from some matrices.
+    def add(self, request: Request) -> Edit:
+        """Remove what is asked for.
 
         Raises:
-            ValueError: a matrix cannot be written, was changed since it was factored or edited, is not finite,
-                or has not what is selected. The model is then as it was.
+            ValueError: there is no such matrix; one cannot be written, was changed since it was factored or edited,
+                is not finite, or has not what is selected. The model is then as it was.
         """
+        indices = [self.index[matrix.name] for matrix in request.matrices(self.matrices)]
         for index in indices:
             self.matrices[index].check_writable()
         self.store.prepare(indices)  # only an unedited matrix can be missing there
         self._refuse_changed(indices)
-        masks = {self.matrices[index].name: selection.mask(self.store[index]) for index in indices}
-        edit = Edit(selection, roles, blocks, masks)
+        masks = {self.matrices[index].name: request.selection.mask(self.store[index]) for index in indices}
+        edit = Edit(request, masks)
         self._change_to((*self.edits, edit), indices)
         return edit
 

@@ -72,6 +72,11 @@ class Selection(ABC):
             ValueError: the matrix has not what the selection asks for; the message names the matrix.
         """
 
+    @property
+    def needs_activations(self) -> bool:
+        """Whether it looks at the overlap with them."""
+        return any(isinstance(part, Selection) and part.needs_activations for part in vars(self).values())
+
     def __or__(self, other: Selection) -> Selection:
         return AnyOf(self, _checked(other))
 
@@ -302,6 +307,11 @@ class Overlapping(Selection):
         if not 0 < self.level < 1:
             raise ValueError(f"{self}: a level lies between 0 and 1")
         _check_one_of(self, "side", get_args(Side))
+
+    @property
+    def needs_activations(self) -> bool:
+        """See ``Selection.needs_activations``."""
+        return True
 
     def mask(self, components: Components) -> torch.Tensor:
         """See ``Selection.mask``."""
