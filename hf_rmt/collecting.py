@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -104,20 +105,10 @@ class CollectionRun:
                 done = self._collected(batches, kept)
             result = self.joined(done, origin, identity["fingerprints"])
             if folder is not None:
-                self._save(result, folder)
+                by_the_first(functools.partial(result.save, folder))
         if kept is not None:
             kept.remove()
         return result
-
-    def _save(self, result: ActivationCovariances, folder: Path) -> None:
-        """Write the files, once for all processes; none goes on before they are there."""
-        error = None
-        if self.rank == 0:
-            try:
-                result.save(folder)
-            except OSError as caught:
-                error = caught
-        raise_together(error)
 
     def _identity(self) -> dict[str, Any]:
         """What a folder must have been made for."""
@@ -287,12 +278,8 @@ class CollectionRun:
             return
         last: Batch | None = None
         while True:
-            following, error = None, None
-            try:
+            with failing_together():
                 following = next(own, None)
-            except Exception as caught:
-                error = caught
-            raise_together(error)
             present = gather(following is not None)
             if not any(present):
                 return

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_rmt.models.batches import Batches
 from hf_rmt.models.live import callable_of, evaluating, is_sharded, unwrap
-from hf_rmt.processes import gather, raise_together, rank_and_count
+from hf_rmt.processes import failing_together, gather, rank_and_count
 from hf_rmt.theory.inference import Rows
 from hf_rmt.workers import run_longest_first
 
@@ -382,14 +382,9 @@ def _fill(model: nn.Module, rows: _TokenRows, counts: list[int], read: _Read, vo
     mine = batches if in_step else batches[rank::processes]
     places = torch.arange(sum(counts)).split(counts)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    error: Exception | None = None
-    try:
-        with evaluating(model):
-            for batch, values in _each(mine, lambda batch: read(_logits(model, rows, batch), batch), workers):
-                found.append((torch.cat([places[i] for i in batch]), values))
-    except Exception as raised:
-        error = raised
-    raise_together(error)
+    with failing_together(), evaluating(model):
+        for batch, values in _each(mine, lambda batch: read(_logits(model, rows, batch), batch), workers):
+            found.append((torch.cat([places[i] for i in batch]), values))
     mine_joined = [tuple(map(torch.cat, zip(*found, strict=True)))] if found else []
     everybody = list(itertools.chain(*gather(mine_joined)))
     result = torch.empty(sum(counts), dtype=everybody[0][1].dtype)

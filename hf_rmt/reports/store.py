@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, Self
@@ -146,10 +147,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     """Safetensors through a file beside it, in a folder: the library makes one of its own there, of any name."""
     from safetensors.torch import save_file
 
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write one file
+    beside = Path(tempfile.mkdtemp(".part", f"{path.name}.", path.parent))  # several may write one file
     whole = beside / path.name
     try:
-        beside.mkdir(exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, whole, metadata=metadata)
         sync(whole)
         os.replace(whole, path)

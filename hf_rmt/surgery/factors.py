@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -170,9 +168,7 @@ class FactorStore:
             "route": factors.route,
         }
         described["content"] = _content(tensors, described)
-        with tempfile.TemporaryDirectory(prefix="incoming-", dir=path.parent) as own:  # others may write the same
-            save_tensors(Path(own) / path.name, tensors, described)
-            os.replace(Path(own) / path.name, path)
+        save_tensors(path, tensors, described)
 
     def _loaded(self, matrix: WeightMatrix, weight: torch.Tensor, digest: str) -> FactoredMatrix | None:
         """The factors that a file has, if they are those of this weight."""

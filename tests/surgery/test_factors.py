@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_rmt import workers
 from hf_rmt.analyzer import RMTAnalyzer
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.digests import digest_of
@@ -31,12 +30,8 @@ from hf_rmt.theory.singular_vectors import test_vectors
 SIDES: tuple[Side, Side] = ("right", "left")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small matrices: threads cost more than they bring."""
-    monkeypatch.setattr(workers, "cores", lambda: 1)
-    with workers.threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layers(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
@@ -290,12 +285,12 @@ def test_many_stores_fill_one_folder_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_nothing_half_written_stays(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path, *_: object) -> None:
-        path.with_name(path.name + ".part").write_bytes(b"half")
+    def fail(tensors: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_tensors", fail)
+        patch.setattr("safetensors.torch.save_file", fail)
         store = store_of(layers(), tmp_path)
         with pytest.raises(type(error)):
             store.prepare([0, 1])
