@@ -7,13 +7,10 @@ conversions says which tensors on disk make up which parameter.
 
 from __future__ import annotations
 
-import json
-import os
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,133 +18,7 @@ from torch import nn
 
 from hf_rmt.models.discovery import Discovery, LeftOut
 from hf_rmt.models.matrices import Change, Load, WeightMatrix
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "consolidated.00.pth")
-
-
-#: As safetensors names those of weights.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names the file or tensor and the remedy."""
-
-
-class SafetensorsFolder:
-    """The tensors of a folder of safetensors files, one at a time."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.files = self._files_by_tensor()
-        self._check_headers()
-
-    def _files_by_tensor(self) -> dict[str, str]:
-        if (self.folder / _SINGLE).is_file():  # before the index, as transformers does
-            with self._open(_SINGLE) as file:
-                return dict.fromkeys(file.keys(), _SINGLE)
-        if (self.folder / _INDEX).is_file():
-            return self._read_index(self.folder / _INDEX)
-        if (self.folder / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"{self.folder} holds a peft adapter: load it on its base and use RMTAnalyzer(model), "
-                "or analyse the checkpoint of the base"
-            )
-        pickled = [name for name in _PICKLED if (self.folder / name).exists()]
-        if pickled:
-            raise CheckpointError(
-                f"{self.folder / pickled[0]} is pickled, and loading a pickle runs whatever code is in it; if you "
-                "trust its source, load the model with transformers and write it again with save_pretrained"
-            )
-        raise CheckpointError(f"{self.folder} holds neither {_SINGLE} nor {_INDEX}")
-
-    def _read_index(self, index: Path) -> dict[str, str]:
-        files = _weight_map(index)
-        for name in sorted(set(files.values())):
-            path = PurePosixPath(name.replace("\\", "/"))
-            if path.is_absolute() or ".." in path.parts or ":" in name:
-                raise CheckpointError(f"{index} points outside its folder, to {name!r}; refused")
-            if not (self.folder / name).is_file():
-                raise CheckpointError(f"{self.folder / name} is missing, and {index.name} lists it: copy it there")
-        return files
-
-    def _check_headers(self) -> None:
-        """Every tensor of the index is in the file that it names, before any work is done."""
-        by_file: dict[str, set[str]] = defaultdict(set)
-        for tensor, name in self.files.items():
-            by_file[name].add(tensor)
-        for name, tensors in by_file.items():
-            with self._open(name) as file:
-                missing = sorted(tensors - set(file.keys()))
-            if missing:
-                raise CheckpointError(
-                    f"{self.folder / name} does not hold {missing[0]} ({len(missing)} tensors in all), which the index "
-                    "puts there: index and shards are of different checkpoints"
-                )
-
-    def _open(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        path = self.folder / name
-        try:
-            return safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
-
-    def read(self, tensor: str, index: int | None = None) -> torch.Tensor:
-        """One tensor, or the part of it with one index of its first axis, which stays.
-
-        The file is opened and closed again, so that its pages can leave memory.
-        """
-        with self._open(self.files[tensor]) as file:
-            return file.get_tensor(tensor) if index is None else file.get_slice(tensor)[index : index + 1]
-
-    def write(self, tensor: str, values: torch.Tensor, index: int | None = None) -> None:
-        """Put other values in the place of what ``read`` gives; not a byte of the file moves.
-
-        They are on disk when this returns.
-
-        Raises:
-            CheckpointError: they have not the dtype and shape of what is there.
-        """
-        path = self.folder / self.files[tensor]
-        data: Any = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        with path.open("r+b") as file:
-            length = int.from_bytes(file.read(8), "little")
-            described = json.loads(file.read(length))[tensor]
-            shape, (start, end) = described["shape"], described["data_offsets"]
-            dtype = _DTYPES.get(described["dtype"])
-            if index is not None:
-                each = (end - start) // shape[0]
-                shape, start, end = [1, *shape[1:]], start + index * each, start + (index + 1) * each
-            if shape != list(values.shape) or dtype != values.dtype:
-                raise CheckpointError(
-                    f"{path}: {tensor} is {described['dtype']} of shape {shape}, and cannot take "
-                    f"{values.dtype} of {list(values.shape)}"
-                )
-            file.seek(8 + length + start)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, as an index says."""
-    try:
-        files = json.loads(index.read_text())["weight_map"]
-        if all(isinstance(name, str) for name in files.values()):
-            return files
-        raise TypeError("weight_map does not name files")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+from hf_rmt.models.shards import INDEX, SINGLE, CheckpointError, SafetensorsFolder, weight_map
 
 
 @dataclass(frozen=True)
@@ -223,20 +94,22 @@ class Checkpoint:
 
     def file_names(self) -> list[str]:
         """Files without which it is no checkpoint: the configuration, the index if there is one, the weights."""
-        index = [] if (self.folder / _SINGLE).is_file() else [_INDEX]
+        index = [] if (self.folder / SINGLE).is_file() else [INDEX]
         return ["config.json", *index, *sorted(set(self.tensors.files.values()))]
 
     def keys_of(self, full: str) -> list[str]:
         """Names under which the tensor of a parameter is on disk: that of one that is tied to it may be too."""
-        tied = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
-        names = {full, *(one for pair in tied.items() if full in pair for one in pair)}
+        names = {full, *(one for pair in self._ties() if full in pair for one in pair)}
         sources = {id(self.sources[name]): self.sources[name] for name in names if name in self.sources}
         return [source.tensors[""][0] for source in sources.values() if source.converter is None]
 
+    def _ties(self) -> list[tuple[str, str]]:
+        """Pairs of parameters that are one tensor."""
+        return list((getattr(self.skeleton, "all_tied_weights_keys", None) or {}).items())
+
     def _with_tied(self, sources: dict[str, _Source]) -> dict[str, _Source]:
         """A tied parameter is on disk once, under either of its names."""
-        tied = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
-        for one, other in tied.items():
+        for one, other in self._ties():
             for target, known in ((one, other), (other, one)):
                 if target not in sources and known in sources:
                     sources[target] = sources[known]
@@ -456,19 +329,19 @@ def _from_hub(repo: str, revision: str | None) -> tuple[Path, str | None]:
         config = hf_hub_download(repo, "config.json", revision=revision)
         commit = Path(config).parent.name  # the cache keeps each commit in a folder of its own
         try:
-            hf_hub_download(repo, _SINGLE, revision=commit)
+            hf_hub_download(repo, SINGLE, revision=commit)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
-            index = Path(hf_hub_download(repo, _INDEX, revision=commit))
-            for shard in sorted(set(_weight_map(index).values())):
+            index = Path(hf_hub_download(repo, INDEX, revision=commit))
+            for shard in sorted(set(weight_map(index).values())):
                 hf_hub_download(repo, shard, revision=commit)
         return Path(config).parent, commit
     except HFValidationError as error:
         raise CheckpointError(f"{repo!r} is neither a folder nor the id of a repository on the Hub") from error
     except EntryNotFoundError as error:
         raise CheckpointError(
-            f"{repo!r} is not a folder, and the Hub gives no {_SINGLE} or config.json for it; if its weights are "
+            f"{repo!r} is not a folder, and the Hub gives no {SINGLE} or config.json for it; if its weights are "
             f"pickled and you trust them, load it with transformers and use RMTAnalyzer(model): {_one_line(error)}"
         ) from error
     except (HfHubHTTPError, OSError) as error:

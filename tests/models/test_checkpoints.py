@@ -9,8 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hf_rmt.models.checkpoints import Checkpoint, CheckpointError, SafetensorsFolder, locate
+from hf_rmt.models.checkpoints import Checkpoint, locate
 from hf_rmt.models.live import matrices_of
+from hf_rmt.models.shards import CheckpointError, SafetensorsFolder
 
 
 def _facts(matrix):
@@ -95,6 +96,68 @@ def _edit_index(folder: Path, change) -> None:
     index = json.loads(path.read_text())
     change(index["weight_map"])
     path.write_text(json.dumps(index))
+
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_are_what_the_library_reads(dtype: torch.dtype, tmp_path: Path) -> None:
+    there = {"b": torch.rand(7), "a": torch.randn(3, 5, 2) * 9, "c": torch.tensor(1.0), "empty": torch.rand(0, 4)}
+    file = tmp_path / "model.safetensors"
+    save_file({key: value.to(dtype) for key, value in there.items()}, file, metadata={"format": "pt"})
+    folder, expected = SafetensorsFolder(tmp_path), load_file(file)
+    for key, value in expected.items():
+        found = folder.read(key)
+        assert found.dtype == dtype and found.shape == value.shape
+        assert found.flatten().view(torch.uint8).tolist() == value.flatten().view(torch.uint8).tolist()
+    for index in range(3):
+        part = folder.read("a", index)
+        assert part.shape == (1, 5, 2)
+        assert part.flatten().view(torch.uint8).tolist() == expected["a"][index].flatten().view(torch.uint8).tolist()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps of a process as Linux shows them")
+def test_files_are_not_mapped(sharded: Path) -> None:
+    """A limit of the address space may be smaller than a file."""
+    matrix = Checkpoint(sharded).matrices()[0]
+    weight = matrix.read()
+    assert str(sharded) not in Path("/proc/self/maps").read_text() and weight.numel() > 0
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        (b"{", "Expecting property name"),
+        (b"[1]", "has no attribute"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}}', "a lies beyond its end"),
+        (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "a has not the bytes of its shape"),
+        (b'{"a": {"dtype": "F32", "shape": [2]}}', "data_offsets"),
+    ],
+)
+def test_damaged_headers(header: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors is truncated or not .*{message}.*fetch it again"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_other_files(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
+        SafetensorsFolder(tmp_path)
+    header = b'{"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(CheckpointError, match=r"a is F4, which nothing here computes with"):
+        SafetensorsFolder(tmp_path).read("a")
+    save_file({"a": torch.rand(9)}, file)
+    folder = SafetensorsFolder(tmp_path)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="has become shorter since it was opened"):
+        folder.read("a")
 
 
 def test_missing_shard(sharded: Path) -> None:

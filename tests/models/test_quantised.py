@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,19 @@ import transformers
 from torch import nn
 
 from hf_rmt import Decile, RMTAnalyzer, SVDPruner
-from hf_rmt.models.checkpoints import Checkpoint, CheckpointError
+from hf_rmt.models.checkpoints import Checkpoint
 from hf_rmt.models.live import matrices_of
 from hf_rmt.models.matrices import WeightMatrix
+from hf_rmt.models.shards import CheckpointError
 from hf_rmt.slicing.norms import refuse
-from hf_rmt.workers import threads
 from tests.conftest import FAMILIES
 
 TOKENS = torch.tensor([[5, 17, 42, 7, 61, 3]])
 QUERY = "layers.0.self_attn.q_proj"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
