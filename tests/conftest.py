@@ -97,12 +97,19 @@ def minilm() -> Path:
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For tests that fork, as threads do not outlive that."""
+    """For small models and matrices, where threads cost more than they bring; and for tests that fork, which threads do
+    not outlive."""
     from hf_rmt import workers
 
     monkeypatch.setattr(workers, "cores", lambda: 1)
     with workers.threads(1):
         yield
+
+
+@pytest.fixture
+def seeded(one_thread: None) -> None:
+    """What is random is the same every time, as are sums to the last bit."""
+    torch.manual_seed(1)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,12 @@ from hf_rmt.pruner import SVDPruner
 from hf_rmt.reports.sweep import Cell, SweepTable
 from hf_rmt.theory.selection import Decile, Mass, Outliers, Random, Rank, Selection
 from hf_rmt.theory.selection_names import parse_selection
-from hf_rmt.workers import threads
 
 TOKENS = torch.tensor([[5, 17, 42, 7]])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def read(folder: Path) -> dict[str, Any]:

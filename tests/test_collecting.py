@@ -16,7 +16,6 @@ from hf_rmt.models.moment_sums import MomentSum
 from hf_rmt.reports import unfinished
 from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.theory.covariance import Moments
-from hf_rmt.workers import threads
 
 Batch = dict[str, torch.Tensor]
 BATCHES = 5
@@ -24,11 +23,7 @@ BATCHES = 5
 SMALL, LARGE = MomentSum.bytes_for(64, torch.float64), MomentSum.bytes_for(128, torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(1)
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.fixture

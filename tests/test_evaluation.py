@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from torch import nn
 from hf_rmt import evaluation
 from hf_rmt.evaluation import Accuracy, Perplexity, Scores, accuracy_metric, perplexity_metric, row_likelihoods
 from hf_rmt.processes import gather, rank_and_count
-from hf_rmt.workers import threads
 
 Maker = Callable[..., Any]
 CLASSIFIERS = {
@@ -32,11 +31,8 @@ CAUSAL = ["gpt2", "llama"]
 CLASSES = 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models are slow on several."""
-    with threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def token_rows(count: int = 37, seed: int = 0, longest: int = 23) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import transformers
 from torch import nn
 
 from hf_rmt import Bottom, Decile, Group, Outliers, RMTAnalyzer, SVDPruner, Top, collect_stream
-from hf_rmt.workers import threads
 
 Maker = Callable[..., Any]
 FAMILIES = ["bert", "llama", "gpt2", "mixtral"]
@@ -176,12 +175,6 @@ def alone() -> Any:
     from hf_rmt.processes import alone as by_itself
 
     return by_itself()
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from hf_rmt import (
 from hf_rmt.evaluation import Accuracy, Scores, accuracy_metric
 from hf_rmt.processes import gather, rank_and_count
 from hf_rmt.protocol import fine_tuned
-from hf_rmt.workers import threads
 
 _SIZES: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
 _GRID: dict[str, Any] = {"deciles": [1], "progress": False}
@@ -84,10 +83,8 @@ class Maker:
         return trainer
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

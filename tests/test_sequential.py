@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,13 @@ from hf_rmt.models.moment_sums import MomentSum
 from hf_rmt.reports import store, unfinished
 from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.slicing.calibration import collect_stream
-from hf_rmt.workers import threads
 
 Batch = dict[str, torch.Tensor]
 BATCHES = 3
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(1)
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.fixture

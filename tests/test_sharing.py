@@ -181,16 +181,8 @@ def assert_same(found: AnalysisReport, expected: AnalysisReport) -> None:
             torch.testing.assert_close(found[name].tensors()[key], tensor, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.fixture
-def alone() -> Any:
-    from hf_rmt.workers import threads
-
-    with threads(1):
-        yield
-
-
 def test_each_analyses_its_share_and_all_have_the_report(
-    make_model: Maker, alone: None, tmp_path: Path, launch: Callable[..., None]
+    make_model: Maker, one_thread: None, tmp_path: Path, launch: Callable[..., None]
 ) -> None:
     model = make_model("mixtral")
     launch(_analyse, tmp_path, model, RMTAnalyzer(model).analyze(progress=False, workers=1))
@@ -217,7 +209,7 @@ def _analyse_sharded(folder: Path, model: nn.Module, expected: AnalysisReport) -
 
 
 def test_sharded_weights_are_read_by_all_and_analysed_by_one(
-    make_model: Maker, alone: None, tmp_path: Path, launch: Callable[..., None]
+    make_model: Maker, one_thread: None, tmp_path: Path, launch: Callable[..., None]
 ) -> None:
     model = make_model("bert")
     launch(_analyse_sharded, tmp_path, model, RMTAnalyzer(model).analyze(progress=False, workers=1))

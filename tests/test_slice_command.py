@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from hf_rmt import CollectConfig, Energy, SVDPruner, Width
 from hf_rmt.cli import cli
 from hf_rmt.evaluation import Perplexity
 from hf_rmt.slicing.publishing import read_slice
-from hf_rmt.workers import threads
 
 WORDS = tuple("abcdefghij")
 SIZES: dict[str, Any] = dict(
@@ -28,10 +26,8 @@ SIZES: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _sentences(rows: int, seed: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,14 @@ from hf_rmt.cli import cli
 from hf_rmt.evaluation import Accuracy, Perplexity
 from hf_rmt.reports import store
 from hf_rmt.tasks import rows_of
-from hf_rmt.workers import threads
 
 WORDS = tuple("abcdefghij")
 ROWS = 40
 QUICK = ["--no-plots", "--workers", "1"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from hf_rmt.evaluation import Scores
 from hf_rmt.processes import rank_and_count
 from hf_rmt.reports import store
 from hf_rmt.theory.inference import Rows
-from hf_rmt.workers import threads
 
 ROWS = 64
 FIRST_COLUMNS = ["selection", "role", "block", "seed", "metric", "score", "baseline", "change"]
@@ -115,11 +113,8 @@ def assert_same(found: SweepTable, expected: SweepTable) -> None:
         torch.testing.assert_close(found.profiles[role], expected.profiles[role], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of matrices as small as these, several threads only wait for each other."""
-    with threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

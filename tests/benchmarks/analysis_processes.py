@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,18 +40,16 @@ def main(quick: bool) -> harness.Section:
 
 def _launched(processes: int, quick: bool) -> float:
     """Runs this file in so many processes; seconds of the slowest."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with tempfile.TemporaryDirectory() as folder:
-        job = json.dumps({"folder": folder, "quick": quick})
-        environment = os.environ | one_thread
-        subprocess.run([*command, __file__, job], env=environment, stdout=subprocess.DEVNULL, check=True)
+        harness.launch(__file__, processes, {"folder": folder, "quick": quick})
         return max(float((Path(folder) / str(rank)).read_text()) for rank in range(processes))
 
 
 def _in_process(job: dict[str, Any]) -> None:
+    own = sorted(os.sched_getaffinity(0))[int(os.environ["LOCAL_RANK"])]
+    os.sched_setaffinity(0, {own})  # or one process alone would take every core for its one matrix
     with threads(1):
-        RMTAnalyzer(nn.Linear(64, 64)).analyze(progress=False)
+        RMTAnalyzer(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))).analyze(progress=False)  # one a process
         analyzer = RMTAnalyzer(_model(job["quick"]))
         gather(None)
         start = time.perf_counter()
@@ -78,8 +75,8 @@ def _section(runs: dict[int, list[float]], shape: dict[str, int]) -> harness.Sec
     return harness.Section(
         title="Analysing in several processes",
         what=(
-            "`RMTAnalyzer(model).analyze()` in two gloo processes with one thread each, against one process with one "
-            f"thread: a random BERT of {shape['num_hidden_layers']} blocks, hidden {shape['hidden_size']}, "
+            "`RMTAnalyzer(model).analyze()` in two gloo processes with a core and a thread each, against one process "
+            f"with one: a random BERT of {shape['num_hidden_layers']} blocks, hidden {shape['hidden_size']}, "
             f"intermediate {shape['intermediate_size']}; seconds of the slower process, results gathered. "
             "A launch each, after a warm-up. The second table is computed: "
             f"the {len(costs)} matrices of a Llama of 70 billion parameters, shared out by predicted cost, and the "

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -80,11 +78,7 @@ def _differences(one: ActivationCovariances, two: ActivationCovariances) -> dict
 def _launched(processes: int, folder: Path, dtype: str, quick: bool) -> Run:
     """Runs this file in so many processes, which leave their covariances in ``folder``; the slowest's times."""
     folder.mkdir()
-    job = json.dumps({"folder": str(folder), "dtype": dtype, "quick": quick})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    environment = os.environ | one_thread
-    subprocess.run([*command, __file__, job], env=environment, stdout=subprocess.DEVNULL, check=True)
+    harness.launch(__file__, processes, {"folder": str(folder), "dtype": dtype, "quick": quick})
     each = [json.loads((folder / f"process-{rank}.json").read_text()) for rank in range(processes)]
     return {key: max(times[key] for times in each) for key in each[0]}
 

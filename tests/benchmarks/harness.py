@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,21 @@ each round and given as the median, with the smallest and the largest in bracket
 the bare numerical work of the same task costs on the same machine, so it says how much there is
 left to gain.
 """
+
+
+def launch(file: str, processes: int, job: Mapping[str, Any]) -> None:
+    """Runs a file in so many processes of one thread each, with a job in JSON."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    arguments = [*command, file, json.dumps(job)]
+    subprocess.run(arguments, env=os.environ | one_thread, stdout=subprocess.DEVNULL, check=True)
+
+
+def high_water_mark() -> int:
+    """Largest resident set of this process so far, in bytes. getrusage would count what the parent had before the
+    exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 # --- the machine ---------------------------------------------------------------------------------

@@ -68,8 +68,6 @@ def _child(blocks: int, shrink: int, device: str) -> dict[str, Any]:
 
 
 def _in_child(job: dict[str, Any]) -> dict[str, Any]:
-    from memory import _high_water_mark
-
     device = "cpu" if job["device"] == "cpu" else "cuda"
     if device == "cuda":
         torch.linalg.svd(torch.randn(64, 64, device=device))  # its libraries are loaded
@@ -82,7 +80,7 @@ def _in_child(job: dict[str, Any]) -> dict[str, Any]:
     elif job["blocks"]:
         RMTAnalyzer(net).analyze(progress=False)
     seconds = time.perf_counter() - start
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else _high_water_mark()
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else harness.high_water_mark()
     return {"seconds": seconds, "memory": memory, "weights": sum(p.nbytes for p in net.parameters())}
 
 

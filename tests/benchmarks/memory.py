@@ -9,6 +9,7 @@ which does the imports alone is taken off.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -34,15 +35,15 @@ def main(quick: bool) -> harness.Section:
     for depth in (layers, 2 * layers):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            size = _write_checkpoint(folder, shape, depth, shard=1_000_000 if quick else _SHARD)
+            size = write_checkpoint(folder, shape, depth, shard=1_000_000 if quick else _SHARD)
             if depth == layers:
                 runs["largest matrix alone, one worker"] = _child(folder, 1, "lm_head") | {"bytes": size}
             runs[f"{depth} blocks, {_WORKERS} workers"] = _child(folder, _WORKERS) | {"bytes": size}
     return _section(shape, runs)
 
 
-def _write_checkpoint(folder: Path, shape: dict[str, int], layers: int, shard: int) -> int:
-    """Configuration, shards and index, one shard in memory at a time; the bytes of the weights."""
+def write_checkpoint(folder: Path, shape: dict[str, int], layers: int, shard: float = math.inf) -> int:
+    """Configuration, shards of so many bytes and index, one shard in memory at a time; the bytes of the weights."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +67,7 @@ def _write_checkpoint(folder: Path, shape: dict[str, int], layers: int, shard: i
     return total
 
 
-def _shards(layout: dict[str, tuple[int, ...]], limit: int) -> list[list[str]]:
+def _shards(layout: dict[str, tuple[int, ...]], limit: float) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     size = 0
     for name, shape in layout.items():
@@ -101,13 +102,7 @@ def _in_child(job: dict[str, Any]) -> dict[str, Any]:
     if job["folder"]:
         analyzer = RMTAnalyzer.from_checkpoint(job["folder"], head=True)
         count = len(analyzer.analyze(progress=False, workers=job["workers"], roles=job["roles"]))
-    return {"peak": _high_water_mark(), "seconds": time.perf_counter() - start, "matrices": count}
-
-
-def _high_water_mark() -> int:
-    """Largest resident set so far, in bytes. getrusage would count what the parent had before the exec."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return {"peak": harness.high_water_mark(), "seconds": time.perf_counter() - start, "matrices": count}
 
 
 def _section(shape: dict[str, int], runs: dict[str, dict[str, Any]]) -> harness.Section:

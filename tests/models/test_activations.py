@@ -19,7 +19,6 @@ from hf_rmt.models.live import matrices_of, unwrap
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.reports.covariances import ActivationCovariances
 from hf_rmt.theory.covariance import Moments
-from hf_rmt.workers import threads
 
 Batch = dict[str, Any]
 SEQUENCES, LENGTH = 6, 7
@@ -34,11 +33,7 @@ def make_model(make_model: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(1)
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def token_mask(length: int = LENGTH) -> torch.Tensor:

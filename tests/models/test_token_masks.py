@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,17 +14,12 @@ from hf_rmt import RMTAnalyzer
 from hf_rmt.models.live import matrices_of
 from hf_rmt.models.token_masks import CROSS, DECODER, MAIN, UNMASKED, TokenMasks, mask_for
 from hf_rmt.reports.covariances import ActivationCovariances
-from hf_rmt.workers import threads
 
 SEQUENCES, LENGTH = 3, 5
 LENGTHS = (3, 5, 1)
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(1)
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def ids(length: int = LENGTH) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import nn
 from hf_rmt.models.checkpoints import Checkpoint
 from hf_rmt.models.live import is_sharded, matrices_of
 from hf_rmt.models.matrices import WeightMatrix
-from hf_rmt.workers import threads
 from tests.conftest import FAMILIES
 
 QUERY = "encoder.layer.0.attention.self.query"
@@ -25,10 +24,8 @@ CPU = "cpu"  # after each tensor that goes to a torch.device, accelerate collect
 State = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
+#: Small models and matrices: threads cost more than they bring.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def named(model: nn.Module, name: str = QUERY, **options: Any) -> WeightMatrix:
