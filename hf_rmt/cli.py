@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from hf_rmt import __version__
 if TYPE_CHECKING:
     from hf_rmt.analyzer import RMTAnalyzer
     from hf_rmt.checkpoint_pruner import CheckpointPruner
+    from hf_rmt.models.loading import Offload
     from hf_rmt.pruner import SVDPruner
     from hf_rmt.reports.comparison import ModelComparison
     from hf_rmt.reports.covariances import ActivationCovariances
@@ -87,7 +90,7 @@ _analysis_options = _options(
     ),
     click.option("--rate", default=0.01, show_default=True, help="False-positive rate of the Tracy-Widom thresholds."),
     click.option("--device", help="Where to factor matrices, as in cuda:0."),
-    click.option("--workers", type=int, help="Matrices at a time on the CPU."),
+    click.option("--workers", type=int, help="Matrices at a time."),
     _max_memory,
     click.option("--strict", is_flag=True, help="Stop at a matrix with NaN or Inf entries."),
     click.option("--plots/--no-plots", default=True, help="Draw the paper's figures into the folder."),
@@ -101,7 +104,7 @@ _text_options = _options(
     click.option("--batch-size", default=16, show_default=True, help="Texts a batch."),
     click.option("--outputs", is_flag=True, help="Overlaps of left vectors with the outputs too."),
     click.option("--centred", is_flag=True, help="Take the mean out of the activations."),
-    click.option("--sequential", is_flag=True, help="Run all texts through one block after the other."),
+    click.option("--sequential", is_flag=True, help="All texts through one block after the other; with --max-memory from disk."),
 )
 
 
@@ -135,11 +138,13 @@ def analyze(context: click.Context, model: str, out: Path, plots: bool, **option
     text = {key: options.pop(key) for key in ("text", *_OF_TEXTS)}
     options["roles"] = options["roles"] or None
     if text["text"] is None:
-        analyzer = RMTAnalyzer.from_checkpoint(model, revision=revision, **which)
+        report = RMTAnalyzer.from_checkpoint(model, revision=revision, **which).analyze(folder=out, **options)
     else:
-        analyzer = _ready_to_run(model, revision, which)
-        options["covariances"] = _collect(analyzer, out, options, text)
-    _finish(analyzer.analyze(folder=out, **options), out, plots)
+        with _offload(out, options["max_memory"] if text["sequential"] else None) as offload:
+            analyzer = _ready_to_run(model, revision, which, offload)
+            options["covariances"] = _collect(analyzer, out, options, text)
+            report = analyzer.analyze(folder=out, **options)
+    _finish(report, out, plots)
 
 
 def _refuse_options_of_texts(context: click.Context) -> None:
@@ -149,15 +154,36 @@ def _refuse_options_of_texts(context: click.Context) -> None:
             raise click.UsageError(f"{option.opts[0]} is of no use without --text: give the texts to run over", context)
 
 
-def _ready_to_run(model: str, revision: str | None, which: dict[str, bool]) -> RMTAnalyzer:
-    """The model of a checkpoint, or of the folder of an adapter on its base, in memory."""
+@contextlib.contextmanager
+def _offload(out: Path, max_memory: str | None) -> Iterator[Offload | None]:
+    """Where the weights of a model stay that is to run within a budget; in memory, where there is none."""
+    if max_memory is None:
+        yield None
+        return
+    from hf_rmt.config import AnalysisConfig
+    from hf_rmt.models.loading import Offload
+    from hf_rmt.processes import rank_and_count
+    from hf_rmt.workers import resident_memory
+
+    budget: Any = AnalysisConfig(max_memory=max_memory).max_memory
+    folder = out / f".offloaded-{rank_and_count()[0]}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield Offload(max(0, budget - resident_memory()) // 4, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ready_to_run(model: str, revision: str | None, which: dict[str, bool], offload: Offload | None) -> RMTAnalyzer:
+    """The model of a checkpoint, or of the folder of an adapter on its base, which is in memory whole."""
     from hf_rmt import RMTAnalyzer
     from hf_rmt.comparing import analyzer_of_adapter
     from hf_rmt.models.adapters import is_adapter
     from hf_rmt.models.loading import load_model
 
     if not is_adapter(model):
-        return RMTAnalyzer(load_model(model, revision), **which)
+        return RMTAnalyzer(load_model(model, revision, offload), **which)
     if revision is not None:
         raise click.UsageError(f"--revision is of a checkpoint on the Hub, and {model} is the folder of an adapter")
     return analyzer_of_adapter(model, **which)
@@ -206,7 +232,7 @@ def compare(before: str, after: str, out: Path, plots: bool, **options: Any) -> 
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", help="Branch, tag or commit of MODEL on the Hub.")
 @click.option("--device", help="Where to factor matrices, as in cuda:0.")
-@click.option("--workers", type=int, help="Matrices at a time on the CPU.")
+@click.option("--workers", type=int, help="Matrices at a time.")
 @_max_memory
 @_text_options
 @click.pass_context
@@ -296,7 +322,7 @@ def _pruner(model: str, out: Path, options: dict[str, Any]) -> SVDPruner:
 @click.option("--margin", default=3.0, show_default=True, help="Standard errors by which to beat the largest class.")
 @click.option("--revision", help="Branch, tag or commit of MODEL on the Hub.")
 @click.option("--device", help="Where to run the model, as in cuda:0.")
-@click.option("--workers", type=int, help="Matrices at a time on the CPU.")
+@click.option("--workers", type=int, help="Matrices at a time.")
 @click.option("--plots/--no-plots", default=True, help="Draw the paper's figures into the folder.")
 @click.pass_context
 def sweep(context: click.Context, model: str, out: Path, plots: bool, **options: Any) -> None:

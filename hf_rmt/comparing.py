@@ -204,7 +204,7 @@ class ComparisonRun(MatrixRun[ComparedMatrix, ModelComparison]):
     def tasks(self, kept: bool) -> MatrixTasks[ComparedMatrix]:
         """The comparison of each pair, which always says what weights it is of."""
         return MatrixTasks(
-            self.pairs, lambda indices: lambda old, new: compare_matrix(old, new, self.config), self.config, copies=2
+            self.pairs, lambda indices: lambda old, new: compare_matrix(old, new, self.config), self.config
         )
 
 

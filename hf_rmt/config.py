@@ -34,7 +34,8 @@ class AnalysisConfig:
             least 100; a lone discovery among N vectors needs N / 0.05. None uses the shipped table.
         seed: of the control and the Monte Carlo draws.
         device: where matrices are factored; None for where they are.
-        workers: matrices factored at a time on the CPU; None for as many as there are cores and memory.
+        workers: matrices factored at a time; None for as many as there are cores and memory on the CPU, and for one on
+            an accelerator, where each has a stream of its own.
         max_memory: bytes, or as ``"8GB"``, that the process may have in all while it factors on the CPU: so many
             fewer at a time. What is kept of them, as the factors of an ``SVDPruner`` without a folder, comes beside.
             None leaves half of what is free.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rmt.analyzer import RMTAnalyzer
 from hf_rmt.config import AnalysisConfig
-from hf_rmt.run import EigenbasisPool
+from hf_rmt.eigenbases import EigenbasisPool
 from hf_rmt.surgery import description
 from hf_rmt.surgery.editor import Edit, Editor
 from hf_rmt.surgery.factors import FactorStore
@@ -71,7 +71,7 @@ class SVDPruner:
         settings = AnalysisConfig.of(config, options)
         place = None if folder is None else Path(folder)
         self._covariances = None if covariances is None else covariances.identity()
-        bases = None if covariances is None else EigenbasisPool(covariances, self.matrices).of
+        bases = None if covariances is None else EigenbasisPool(covariances, self.matrices)
         store = FactorStore(self.matrices, settings, place, bases)
         self.editor = Editor(self.matrices, store, Originals(place))
         self._projections: list[Projection] = []

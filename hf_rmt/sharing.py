@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from hf_rmt.config import AnalysisConfig
 from hf_rmt.models.matrices import WeightMatrix
@@ -23,11 +24,16 @@ from hf_rmt.processes import (
 )
 from hf_rmt.progress import progress_bar
 from hf_rmt.reports import store
-from hf_rmt.workers import resident_memory, run_longest_first, seconds_estimate, workers_for, working_bytes
+from hf_rmt.workers import resident_memory, run_in_order, seconds_estimate, workers_for, working_bytes
 
 Result = TypeVar("Result", bound=store.Storable)
 Whole = TypeVar("Whole", bound="Savable")
 Made = TypeVar("Made")
+
+
+def factoring_bytes(matrix: WeightMatrix) -> int:
+    """Memory that factoring a matrix takes."""
+    return working_bytes(*matrix.shape)
 
 
 @dataclass
@@ -42,13 +48,16 @@ class MatrixTasks(Generic[Result]):
         matrices: those of each task; the first gives it its name.
         work_on: of the positions of the tasks that this process will do, what makes a result of one's matrices.
         config: where and how many at a time, and whether a bar is shown.
-        copies: how many matrices of a task are in memory together.
+        memory_for: bytes that the work on one matrix takes.
+        together: what makes two tasks, by their first matrices, ones for the same process, one after the other, as they
+            share something costly; None where none do.
     """
 
     matrices: Sequence[tuple[WeightMatrix, ...]]
     work_on: Callable[[Sequence[int]], Callable[..., Result]]
     config: AnalysisConfig
-    copies: int = 1
+    memory_for: Callable[[WeightMatrix], int] = factoring_bytes
+    together: Callable[[WeightMatrix], Hashable] | None = None
 
     def results(self) -> list[Result]:
         """Those of all tasks.
@@ -113,22 +122,30 @@ class MatrixTasks(Generic[Result]):
     def _cost(self, index: int) -> float:
         return sum(seconds_estimate(*matrix.shape) for matrix in self.matrices[index])
 
+    def _bundles(self, left: list[int]) -> list[list[int]]:
+        together = self.together
+        key = None if together is None else lambda index: together(self.matrices[index][0])
+        return bundles_of(left, self._cost, key)
+
     def _own(self, left: list[int]) -> Iterator[tuple[int, Result]]:
         """The share of this process, each result as it comes."""
         rank, count = rank_and_count()
-        mine = [left[position] for position in shares([self._cost(index) for index in left], count)[rank]]
-        work = self.work_on(mine)
-        chosen = [one for index in mine for one in self.matrices[index]]
-        workers = matrices_at_a_time(chosen, self.config, self.copies)
+        bundles = self._bundles(left)
+        costs = [sum(map(self._cost, bundle)) for bundle in bundles]
+        mine = [bundles[position] for position in sorted(shares(costs, count)[rank])]
+        tasks = [self.matrices[index] for index in itertools.chain(*mine)]
+        workers = tasks_at_a_time(tasks, self.config, [sum(map(self.memory_for, own)) for own in tasks])
+        order = staggered(mine, workers)
+        work = self.work_on(order)
         finished = len(self.matrices) - len(left) if count == 1 else 0
         shown = self.config.progress if rank == 0 else False
         first = [own[0] for own in self.matrices]
-        return matrix_by_matrix(first, mine, lambda index: work(*self.matrices[index]), workers, shown, finished)
+        return matrix_by_matrix(first, order, lambda index: work(*self.matrices[index]), workers, shown, finished)
 
     def _do_in_rounds(self, left: list[int], keep: Callable[[int, Result], None]) -> None:
         """The same where all processes read each matrix together: one a process, then each works on its own."""
         rank, count = rank_and_count()
-        order = sorted(left, key=self._cost, reverse=True)
+        order = list(itertools.chain(*self._bundles(left)))
         work = self.work_on(order[rank::count])
         with progress_bar(self.config.progress if rank == 0 else False, len(order)) as advance:
             for start in range(0, len(order), count):
@@ -211,6 +228,32 @@ class MatrixRun(abc.ABC, Generic[Result, Whole]):
         return whole
 
 
+def bundles_of(
+    indices: Collection[int], cost: Callable[[int], float], together: Callable[[int], Hashable] | None
+) -> list[list[int]]:
+    """Pieces of work in bundles of those that ``together`` says the same of, each by itself where that is None.
+
+    The costliest is first in its bundle, and the bundles come in the order of these.
+    """
+    bundles: dict[Hashable, list[int]] = {}
+    for index in sorted(indices, key=cost, reverse=True):
+        shared = None if together is None else together(index)
+        bundles.setdefault((index,) if shared is None else shared, []).append(index)
+    return list(bundles.values())
+
+
+def staggered(bundles: list[list[int]], workers: int) -> list[int]:
+    """The pieces of bundles in an order in which the first of each is well ahead of the others.
+
+    These need what it makes for all of them, and a worker that waits for that does nothing.
+    """
+    order: list[int] = []
+    for number in range(len(bundles) + workers - 1):
+        order += bundles[number][:1] if number < len(bundles) else []
+        order += bundles[number - workers + 1][1:] if number >= workers - 1 else []
+    return order
+
+
 def _is_collective(matrix: WeightMatrix) -> bool:
     return bool(getattr(matrix.load, "collective", False))
 
@@ -255,7 +298,7 @@ def matrix_by_matrix(
     progress: bool | None,
     finished: int = 0,
 ) -> Iterator[tuple[int, Made]]:
-    """What ``work`` makes of some of the matrices, each as it finishes.
+    """What ``work`` makes of some of the matrices, taken in this order, each as it finishes.
 
     The bar has ``finished`` more of them behind it.
 
@@ -269,41 +312,38 @@ def matrix_by_matrix(
             with _naming(matrices[index]):
                 return work(index)
 
-        cost: Callable[[int], float] = lambda index: seconds_estimate(*matrices[index].shape)  # noqa: E731
-        for index, result in run_longest_first(list(indices), named, cost, workers):
+        for index, result in run_in_order(list(indices), named, workers):
             advance(matrices[index].name, 1)
             yield index, result
 
 
-def matrices_at_a_time(matrices: list[WeightMatrix], config: AnalysisConfig, copies: int = 1) -> int:
-    """How many matrices to work on at a time, where each takes the memory of several.
+def tasks_at_a_time(tasks: Sequence[tuple[WeightMatrix, ...]], config: AnalysisConfig, needs: Sequence[int]) -> int:
+    """How many tasks to work on at a time, of which each takes so many bytes.
 
-    One, where an accelerator does the work, which one stream keeps busy, and where weights are sharded, which
-    all processes read in one order.
+    One, where an accelerator does the work and no other number is asked for, and where weights are sharded, which all
+    processes read in one order.
 
     Raises:
         ValueError: one alone takes more than ``config.max_memory`` leaves.
     """
+    matrices = list(itertools.chain(*tasks))
     kinds = {config.device.partition(":")[0] if config.device else matrix.device.type for matrix in matrices}
-    # mps has no float64: its matrices are factored on the CPU
-    if kinds - {"cpu", "meta", "mps"} or any(map(_is_collective, matrices)):
+    if any(map(_is_collective, matrices)):
         return 1
-    if config.max_memory is None or not matrices:
-        return config.workers or workers_for([matrix.shape for matrix in matrices], copies)
-    left = _left_of(config.max_memory, matrices, copies)  # type: ignore[arg-type]  # a number by now
-    fitting = workers_for([matrix.shape for matrix in matrices], copies, left)
+    if kinds - {"cpu", "meta", "mps"}:  # mps has no float64: its matrices are factored on the CPU
+        return config.workers or 1
+    if config.max_memory is None or not tasks:
+        return config.workers or workers_for(needs)
+    left = config.max_memory - resident_memory()  # type: ignore[operator]  # a number by now
+    if max(needs) > left:
+        _refuse(tasks[needs.index(max(needs))][0], max(needs), left, config.max_memory)  # type: ignore[arg-type]
+    fitting = workers_for(needs, left)
     return min(config.workers or fitting, fitting)
 
 
-def _left_of(memory: int, matrices: list[WeightMatrix], copies: int) -> int:
-    """What a budget has for factoring."""
-    left = memory - resident_memory()
-    largest = max(matrices, key=lambda matrix: working_bytes(*matrix.shape))
-    needed = copies * working_bytes(*largest.shape)
-    if needed > left:
-        least = math.ceil((needed + memory - left) / 1e8) * 100
-        raise ValueError(
-            f"{largest.name} of shape {largest.shape} takes up to {needed / 1e6:,.0f} MB to factor, and of max_memory "
-            f"{max(left, 0) / 1e6:,.0f} MB are left: give {least}MB, or leave it out by its role or block"
-        )
-    return left
+def _refuse(matrix: WeightMatrix, needed: int, left: int, memory: int) -> NoReturn:
+    least = math.ceil((needed + memory - left) / 1e8) * 100
+    raise ValueError(
+        f"{matrix.name} of shape {matrix.shape} takes up to {needed / 1e6:,.0f} MB to factor, and of max_memory "
+        f"{max(left, 0) / 1e6:,.0f} MB are left: give {least}MB, or leave it out by its role or block"
+    )

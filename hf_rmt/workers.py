@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+#: Held by the one worker that tries again where an accelerator's memory did not suffice.
+_SHORT_OF_MEMORY = threading.Lock()
 
 
 def cores() -> int:
@@ -51,24 +54,23 @@ def _cgroup(name: str) -> list[int | None]:
     return [int(word) if word.isdigit() else None for word in words]
 
 
-def workers_for(shapes: Sequence[tuple[int, int]], copies: int = 1, memory: float | None = None) -> int:
-    """How many matrices to factor at a time: one a core, if the memory holds them all.
+def workers_for(needs: Sequence[int], memory: float | None = None) -> int:
+    """How many pieces of work to do at a time: one a core, if the memory holds them all.
 
     Args:
-        shapes: theirs.
-        copies: how many matrices of such a shape each of them takes the memory of.
-        memory: bytes; None for half of the free ones.
+        needs: bytes that each takes.
+        memory: bytes that there are; None for half of the free ones.
     """
-    largest = max((copies * working_bytes(*shape) for shape in shapes), default=1)
-    fits = int((free_memory() / local_count() / 2 if memory is None else memory) // largest)
-    return max(1, min(cores(), len(shapes), fits))
+    fits = int((free_memory() / local_count() / 2 if memory is None else memory) // max(needs, default=1))
+    return max(1, min(cores(), len(needs), fits))
 
 
 def resident_memory() -> int:
-    """Bytes that this process has now."""
+    """Bytes that this process has now, without pages of files, which the system takes back when it needs them."""
     import psutil
 
-    return psutil.Process().memory_info().rss
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)  # Linux tells them apart
 
 
 def working_bytes(rows: int, cols: int) -> int:
@@ -78,19 +80,56 @@ def working_bytes(rows: int, cols: int) -> int:
     return 40 * rows * cols + 6 * 8 * short * short
 
 
+def eigenbasis_bytes(width: int) -> int:
+    """Memory that computing the eigenvectors of a covariance takes: itself, LAPACK's copy and workspace, the result."""
+    return 5 * 8 * width * width
+
+
 def where_it_fits(weight: torch.Tensor, device: str | None, work: Callable[[torch.Tensor], Result]) -> Result:
-    """What ``work`` makes of a weight on a device, None for its own; on the CPU, if that has not the memory."""
-    try:
-        return work(weight if device is None else weight.to(device))
-    except torch.OutOfMemoryError as error:
-        place = weight.device if device is None else torch.device(device)
-        if place.type == "cpu":
-            raise
-        log.warning("%s of shape %s goes to the CPU: %s", place, tuple(weight.shape), str(error).partition("\n")[0])
-    # Out of the handler, whose traceback holds on to what has filled the memory.
+    """What ``work`` makes of a weight on a device, None for its own.
+
+    On an accelerator each worker has a stream of its own, so that the copies of one go on beside the work of another.
+    One that the memory does not suffice for tries again after the others that this has happened to, then on the CPU.
+    """
+    place = weight.device if device is None else torch.device(device)
+    if place.type == "cpu":
+        return work(weight.to(place))
+    short = ""
+    for turn in (contextlib.nullcontext(), _SHORT_OF_MEMORY):
+        with turn:
+            if short:  # out of the handler, whose traceback holds on to what has filled the memory
+                _let_go()
+            try:
+                with own_stream(place):
+                    return work(weight.to(place))
+            except torch.OutOfMemoryError as error:
+                short = str(error).partition("\n")[0]
+    log.warning("%s of shape %s goes to the CPU: %s", place, tuple(weight.shape), short)
+    _let_go()
+    return work(weight.cpu())
+
+
+def _let_go() -> None:
+    """Give back what torch keeps of an accelerator's memory for later."""
     if torch.accelerator.is_available():
         getattr(torch.accelerator, "empty_cache", torch.cuda.empty_cache)()  # since torch 2.9
-    return work(weight.cpu())
+
+
+@contextlib.contextmanager
+def own_stream(place: torch.device) -> Iterator[None]:
+    """What this thread asks of an accelerator meanwhile goes on beside what others ask, and is done at the end."""
+    if place.type == "mps":  # has one
+        yield
+        return
+    before = torch.accelerator.current_stream(place)
+    stream = torch.Stream(place)
+    stream.wait_stream(before)  # which the weights may still be made in
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        stream.synchronize()
+        torch.accelerator.set_stream(before)
 
 
 def seconds_estimate(rows: int, cols: int) -> float:
@@ -116,15 +155,19 @@ def threads(count: int) -> Iterator[None]:
 def run_longest_first(
     tasks: Sequence[Task], work: Callable[[Task], Result], cost: Callable[[Task], float], workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yields each task with its result as it finishes.
+    """``run_in_order``, the costliest first."""
+    return run_in_order(sorted(tasks, key=cost, reverse=True), work, workers)
+
+
+def run_in_order(tasks: Sequence[Task], work: Callable[[Task], Result], workers: int) -> Iterator[tuple[Task, Result]]:
+    """Begins with the tasks in this order, and yields each with its result as it finishes.
 
     An exception of ``work``, or Ctrl-C, drops the tasks that have not begun and is raised once those
     that have are done.
     """
     each = max(1, cores() // workers)
-    queue = sorted(tasks, key=cost, reverse=True)
     with threads(each), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,)) as pool:
-        running: dict[Future[Result], Task] = {pool.submit(work, task): task for task in queue}
+        running: dict[Future[Result], Task] = {pool.submit(work, task): task for task in tasks}
         try:
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)

@@ -141,6 +141,28 @@ def test_texts_run_through_the_folder_of_an_adapter(make_model, tmp_path) -> Non
     assert isinstance(result.exception, ValueError) and "adapter" in str(result.exception)
 
 
+def test_a_model_that_a_budget_does_not_hold_runs_from_disk(make_model, tmp_path, monkeypatch) -> None:
+    from hf_rmt import workers
+    from hf_rmt.models import loading
+
+    pytest.importorskip("peft")
+    _adapter_of_a_model_with_words(make_model, tmp_path)
+    loaded: list[transformers.PreTrainedModel] = []
+    original = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *how: loaded.append(original(*how)) or loaded[-1])
+    monkeypatch.setattr(workers, "resident_memory", lambda: 8_000_000_000 - 120_000)  # a quarter of it is 30 kB
+    texts = ["--text", str(tmp_path / "texts.txt"), "--sequential", "--no-plots"]
+    tables = []
+    for out, budget in (("whole", []), ("parts", ["--max-memory", "8GB"])):
+        arguments = ["analyze", str(tmp_path / "base"), *texts, "--out", str(tmp_path / out), *budget]
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+        assert not list((tmp_path / out).glob(".offloaded*"))
+        tables.append(AnalysisReport.load(tmp_path / out).to_pandas())
+    pd.testing.assert_frame_equal(*tables)
+    assert not hasattr(loaded[0], "hf_device_map") and "disk" in loaded[1].hf_device_map.values()
+
+
 def test_ctrl_c(checkpoint: Path, tmp_path, monkeypatch, capsys) -> None:
     import hf_rmt.run
     from hf_rmt import cli as module

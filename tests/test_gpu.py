@@ -57,6 +57,17 @@ def test_analysis_collection_and_removal(family: str, make_model: Maker) -> None
     assert all(torch.equal(matrix.read(), kept) for matrix, kept in zip(pruner.matrices, before, strict=True))
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["on the device", "brought there"])
+def test_workers_beside_each_other(there: bool, make_model: Maker) -> None:
+    """Streams change nothing, to the bit."""
+    model = make_model("llama", num_hidden_layers=6)
+    source = copy.deepcopy(model).cuda() if there else model
+    alone, beside = (RMTAnalyzer(source).analyze(device="cuda", workers=workers, progress=False) for workers in (1, 4))
+    for name in alone:
+        for key, value in alone[name].tensors().items():
+            torch.testing.assert_close(beside[name].tensors()[key], value, rtol=0, atol=0, equal_nan=True)
+
+
 def test_slices(make_model: Maker) -> None:
     model = make_model("llama")
     there = SVDPruner(copy.deepcopy(model).cuda()).slice(Width(0.75), batches(), form="registered")

@@ -15,10 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from hf_rmt import RMTAnalyzer, processes
+from hf_rmt import AnalysisConfig, RMTAnalyzer, processes, sharing
+from hf_rmt.eigenbases import memory_for
 from hf_rmt.processes import gather, rank_and_count, shares, strangers
 from hf_rmt.reports import store
 from hf_rmt.reports.report import AnalysisReport
+from hf_rmt.run import AnalysisRun
+from hf_rmt.sharing import bundles_of, staggered
 from hf_rmt.workers import seconds_estimate
 
 Maker = Callable[..., Any]
@@ -257,8 +260,6 @@ def test_results_are_fit_for_json(tmp_path: Path) -> None:
 
 
 def test_a_matrix_that_no_budget_holds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_rmt import sharing
-
     monkeypatch.setattr(sharing, "resident_memory", lambda: 300_000_000)
     model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(1000, 2000)])
     message = r"1 of shape \(2000, 1000\) takes up to 128 MB to factor, and of max_memory 10 MB are left: give 500MB"
@@ -273,3 +274,62 @@ def test_a_matrix_that_no_budget_holds_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_budgets_are_sizes(size: Any) -> None:
     with pytest.raises(ValueError, match=r"max_memory is .*: give a"):
         RMTAnalyzer(nn.Linear(4, 4)).analyze(max_memory=size)
+
+
+# In which order
+
+
+def test_what_belongs_together_is_done_by_one_process() -> None:
+    costs = [5, 9, 1, 9, 5, 2]
+    assert bundles_of(range(6), costs.__getitem__, None) == [[1], [3], [0], [4], [5], [2]]
+    owners = ["a", "b", "a", None, "b", None]
+    found = bundles_of(range(6), costs.__getitem__, owners.__getitem__)
+    assert found == [[1, 4], [3], [0, 2], [5]]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_what_others_wait_for_is_begun_well_before(workers: int) -> None:
+    bundles = [[8, 1, 2], [7], [6, 3], [5, 4, 0]]
+    order = staggered(bundles, workers)
+    assert sorted(order) == list(range(9))
+    places = {index: place for place, index in enumerate(order)}
+    for number, bundle in enumerate(bundles):
+        before = bundles[number + 1 : number + workers]
+        assert all(places[head] < places[index] for index in bundle[1:] for head, *_ in [bundle, *before])
+    assert workers > 1 or order == [8, 1, 2, 7, 6, 3, 5, 4, 0]
+    assert staggered([], workers) == []
+
+
+def test_eigenbases_are_computed_once(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By as many workers, and of several processes in one that has all matrices that share them."""
+    from hf_rmt.theory.covariance import Moments
+
+    model = make_model("llama")
+    data = [{"input_ids": torch.randint(1, 90, (4, 9), generator=torch.Generator().manual_seed(0))}]
+    covariances = RMTAnalyzer(model).collect(data, outputs=True, progress=False)
+    computed: list[int] = []
+    original = Moments.eigenbasis
+    monkeypatch.setattr(Moments, "eigenbasis", lambda self, c: computed.append(id(self)) or original(self, c))
+    expected = RMTAnalyzer(model).analyze(covariances=covariances, workers=3, progress=False)
+    assert len(computed) == len(set(computed)) > len(expected)
+    for count in (2, 3):
+        shared: list[str] = []
+        for rank in range(count):
+            monkeypatch.setattr(sharing, "rank_and_count", lambda own=rank, count=count: (own, count))
+            run = AnalysisRun(RMTAnalyzer(model).matrices, AnalysisConfig(workers=1, progress=False), {}, covariances)
+            own = [index for index, _ in run.tasks(False)._own(list(range(len(expected))))]
+            shared += {covariances.key(run.matrices[index].name) for index in own}
+        assert len(shared) == len(set(shared))
+
+
+def test_a_budget_counts_the_eigenbases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "resident_memory", lambda: 300_000_000)
+    model = nn.Linear(2000, 10)
+    covariances = RMTAnalyzer(model).collect([{"input": torch.randn(1, 30, 2000)}], progress=False)
+    RMTAnalyzer(model).analyze(max_memory="310MB", progress=False)
+    needed = 5 * 8 * 2000**2 + 8 * 2000**2
+    assert memory_for(RMTAnalyzer(model).matrices[0], covariances) == needed
+    with pytest.raises(ValueError, match=rf"takes up to {needed / 1e6:.0f} MB to factor.*give 500MB"):
+        RMTAnalyzer(model).analyze(covariances=covariances, max_memory="310MB", progress=False)
+    report = RMTAnalyzer(model).analyze(covariances=covariances, max_memory="0.5GB", progress=False)
+    assert all(result.right_overlap is not None for result in report.values())

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import psutil
@@ -130,7 +132,7 @@ def test_as_many_workers_as_cores_matrices_and_memory_allow(monkeypatch: pytest.
         (1e15, [], 1),
     ):
         monkeypatch.setattr(psutil, "virtual_memory", lambda a=available: SimpleNamespace(available=a))
-        assert workers_for(shapes) == expected
+        assert workers_for([working_bytes(*shape) for shape in shapes]) == expected
 
 
 def test_costs_do_not_depend_on_orientation_and_grow_with_the_shape() -> None:
@@ -146,14 +148,15 @@ def test_costs_do_not_depend_on_orientation_and_grow_with_the_shape() -> None:
 def test_a_budget_means_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "cores", lambda: 8)
     one = working_bytes(512, 512)
-    assert [workers_for([(512, 512)] * 9, memory=share * one) for share in (0.5, 1, 2.9, 100)] == [1, 1, 2, 8]
-    assert workers_for([(512, 512)] * 9, 2, memory=4 * one) == 2
+    assert [workers_for([one] * 9, memory=share * one) for share in (0.5, 1, 2.9, 100)] == [1, 1, 2, 8]
+    assert workers_for([one, 2 * one, one], memory=4 * one) == 2
 
 
 def test_resident_memory_is_the_systems() -> None:
     held = torch.ones(25_000_000)
     before = workers.resident_memory()
-    assert abs(before - psutil.Process().memory_info().rss) < 20_000_000
+    memory = psutil.Process().memory_info()
+    assert abs(before - (memory.rss - getattr(memory, "shared", 0))) < 20_000_000
     del held
     assert workers.resident_memory() < before - 50_000_000
 
@@ -171,16 +174,70 @@ class OnDevice(torch.Tensor):
     def cpu(self) -> torch.Tensor:  # type: ignore[override]
         return self.as_subclass(torch.Tensor)
 
+    def to(self, *_: object) -> torch.Tensor:  # type: ignore[override]
+        return self
 
-def test_what_a_device_has_no_memory_for_goes_to_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+
+def _streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens to streams, which there are none of here."""
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def stream(place: torch.device) -> Iterator[None]:
+        seen.append("entered")
+        try:
+            yield
+        finally:
+            seen.append("left")
+
+    monkeypatch.setattr(workers, "own_stream", stream)
+    return seen
+
+
+def test_what_a_device_has_no_memory_for_goes_to_the_cpu(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = torch.ones(3, 2).as_subclass(OnDevice)
+    streams = _streams(monkeypatch)
 
     def work(placed: torch.Tensor) -> float:
         if placed.device.type == "cuda":
+            assert streams[-1] == "entered"
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
         return float(placed.sum())
 
     assert workers.where_it_fits(weight, None, work) == 6
     assert caplog.messages == ["cuda of shape (3, 2) goes to the CPU: CUDA out of memory. Tried to allocate 9 GiB"]
+    assert streams == ["entered", "left"] * 2
     with pytest.raises(torch.OutOfMemoryError):
         workers.where_it_fits(torch.ones(2), None, lambda placed: (_ for _ in ()).throw(torch.OutOfMemoryError("all")))
+
+
+def test_what_lacks_memory_beside_others_waits_for_its_turn(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight, two fit at a time: six try again, one after the other, and none goes to the CPU."""
+    streams = _streams(monkeypatch)
+    room, all_there, at_once = threading.Semaphore(2), threading.Barrier(8), []
+    first = threading.local()
+
+    def work(placed: torch.Tensor) -> str:
+        if not getattr(first, "done", False):
+            first.done = True
+            fits = room.acquire(blocking=False)
+            all_there.wait(10)  # those that fit hold on to the memory until all have tried
+            if not fits:
+                raise torch.OutOfMemoryError("full")
+            room.release()
+            return "at first"
+        at_once.append(1)
+        assert len(at_once) == 1
+        time.sleep(0.01)
+        at_once.pop()
+        return "again"
+
+    weight = torch.ones(3, 2).as_subclass(OnDevice)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: workers.where_it_fits(weight, None, work), range(8)))
+    assert sorted(found) == ["again"] * 6 + ["at first"] * 2
+    assert streams.count("entered") == streams.count("left") == 14 and not caplog.messages

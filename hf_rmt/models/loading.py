@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_rmt.models.origins import cached_commit
 
@@ -11,12 +12,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Offload:
+    """Weights that are brought in from disk as they are used.
+
+    Attributes:
+        memory: bytes of weights that stay in memory.
+        folder: for those that are not in the checkpoint as the model has them.
+    """
+
+    memory: int
+    folder: Path
+
+    def arguments(self) -> dict[str, Any]:
+        """As ``from_pretrained`` takes them."""
+        return {"device_map": "auto", "max_memory": {"cpu": self.memory}, "offload_folder": str(self.folder)}
+
+
+def load_model(source: str | Path, revision: str | None = None, offload: Offload | None = None) -> PreTrainedModel:
     """The model of a checkpoint, in the class that its configuration names, ready to run.
 
     Args:
         source: folder or Hub id.
         revision: branch, tag or commit on the Hub.
+        offload: for one that the memory does not hold; None keeps it in memory whole.
 
     Raises:
         OSError: there is no such checkpoint (of transformers).
@@ -26,7 +45,8 @@ def load_model(source: str | Path, revision: str | None = None) -> PreTrainedMod
     config = transformers.AutoConfig.from_pretrained(source, revision=revision)
     name = next(iter(config.architectures or ()), "")
     cls = getattr(transformers, name, transformers.AutoModel)
-    model = cls.from_pretrained(source, revision=revision, use_safetensors=True).eval()
+    place = {} if offload is None else offload.arguments()
+    model = cls.from_pretrained(source, revision=revision, use_safetensors=True, **place).eval()
     if (commit := cached_commit(str(source), revision)) is not None:
         model.config._commit_hash = commit  # which not every version of transformers says
     return model

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
-from hf_rmt.analysis import Bases
 from hf_rmt.config import AnalysisConfig
+from hf_rmt.eigenbases import EigenbasisPool, memory_for
 from hf_rmt.models.digests import digest_of, text_digest
 from hf_rmt.models.matrices import WeightMatrix
 from hf_rmt.reports.store import save_tensors
-from hf_rmt.sharing import matrices_at_a_time, matrix_by_matrix
+from hf_rmt.sharing import bundles_of, matrix_by_matrix, staggered, tasks_at_a_time
 from hf_rmt.theory.covariance import Overlap, overlap
 from hf_rmt.theory.decomposition import SVDFactors, as_float, svd
 from hf_rmt.theory.ks_null import MonteCarloNull
 from hf_rmt.theory.selection import Side
 from hf_rmt.theory.singular_vectors import VectorTest, test_vectors
 from hf_rmt.theory.statistics import entry_std_of
-from hf_rmt.workers import where_it_fits
+from hf_rmt.workers import seconds_estimate, where_it_fits
 
 log = logging.getLogger(__name__)
-
-BasesOf = Callable[[WeightMatrix, torch.Tensor], Bases]
 
 
 class FactoredMatrix:
@@ -91,16 +89,16 @@ class FactorStore:
         matrices: all that may be asked for.
         config: where and how many at a time; the null of the p-values.
         folder: keep the factors there, one file a matrix, memory-mapped; None for memory.
-        bases_of: eigenbases of the activations around a matrix; None where none were collected.
+        bases: eigenbases of the activations around the matrices; None where none were collected.
     """
 
     def __init__(
-        self, matrices: list[WeightMatrix], config: AnalysisConfig, folder: Path | None, bases_of: BasesOf | None
+        self, matrices: list[WeightMatrix], config: AnalysisConfig, folder: Path | None, bases: EigenbasisPool | None
     ):
         self.matrices = matrices
         self.config = config
         self.folder = folder
-        self.bases_of = bases_of
+        self.bases = bases
         self.known: dict[int, FactoredMatrix] = {}
         self._lent: dict[str, FactoredMatrix] = {}
 
@@ -120,12 +118,16 @@ class FactorStore:
         missing = [index for index in indices if index not in self.known]
         if not missing:
             return
+        covariances = None if self.bases is None else self.bases.covariances
+        together = None if covariances is None else lambda index: covariances.key(self.matrices[index].name)
+        bundles = bundles_of(missing, lambda index: seconds_estimate(*self.matrices[index].shape), together)
         chosen = [self.matrices[index] for index in missing]
-        workers = matrices_at_a_time(chosen, self.config)
-        for index, factored in matrix_by_matrix(
-            chosen, range(len(chosen)), lambda i: self._factored(chosen[i]), workers, self.config.progress
-        ):
-            self.known[missing[index]] = factored
+        needs = [memory_for(matrix, covariances) for matrix in chosen]
+        workers = tasks_at_a_time([(matrix,) for matrix in chosen], self.config, needs)
+        work = lambda index: self._factored(self.matrices[index])  # noqa: E731
+        order = staggered(bundles, workers)
+        for index, factored in matrix_by_matrix(self.matrices, order, work, workers, self.config.progress):
+            self.known[index] = factored
 
     def _factored(self, matrix: WeightMatrix) -> FactoredMatrix:
         weight = matrix.read()
@@ -134,8 +136,8 @@ class FactorStore:
         if lent is not None and (lent.digest, lent.shape) == (digest, matrix.shape):
             return lent
         found = self._loaded(matrix, weight, digest) or self._computed(matrix, weight, digest)
-        if self.bases_of is not None:
-            bases = self.bases_of(matrix, weight)
+        if self.bases is not None:
+            bases = self.bases.of(matrix, weight)
             known = found.factors.testable()
             sides: dict[Side, object] = {"right": bases.right, "left": bases.left}
             found.overlaps = {
