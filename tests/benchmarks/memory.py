@@ -134,8 +134,7 @@ def _section(shape: dict[str, int], runs: dict[str, dict[str, Any]]) -> harness.
             f"of the largest matrix in float32 ({vocabulary} x {hidden}, {unit / 1e6:.0f} MB; it is the head). "
             f"Random float32 Llama: hidden {hidden}, intermediate {shape['intermediate_size']}, one key-value head, "
             f"so that two matrices a block are {hidden} x {hidden}. The embedding is on disk too and is not analysed. "
-            "One run each. Pages of a mapped shard count while they are resident, and so does what is imported when "
-            "needed."
+            "One run each. What is imported when needed counts."
         ),
         tables=[harness.Table(header, rows)],
         targets=[
