@@ -104,7 +104,9 @@ _text_options = _options(
     click.option("--batch-size", default=16, show_default=True, help="Texts a batch."),
     click.option("--outputs", is_flag=True, help="Overlaps of left vectors with the outputs too."),
     click.option("--centred", is_flag=True, help="Take the mean out of the activations."),
-    click.option("--sequential", is_flag=True, help="All texts through one block after the other; with --max-memory from disk."),
+    click.option(
+        "--sequential", is_flag=True, help="All texts through one block after the other; with --max-memory from disk."
+    ),
 )
 
 

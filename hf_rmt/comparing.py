@@ -20,7 +20,7 @@ from hf_rmt.reports import store
 from hf_rmt.reports.comparison import MatrixComparison, ModelComparison, common_names, one_sided, refuse_other_shapes
 from hf_rmt.reports.result import MatrixResult
 from hf_rmt.run import AnalysisRun
-from hf_rmt.sharing import MatrixRun, MatrixTasks
+from hf_rmt.sharing import MatrixRun, MatrixTasks, factoring_bytes
 from hf_rmt.theory.comparison import DECILES, change_stable_rank, energy_by_decile, frobenius_norm, match
 from hf_rmt.theory.decomposition import SVDFactors, as_float
 from hf_rmt.workers import where_it_fits
@@ -204,7 +204,10 @@ class ComparisonRun(MatrixRun[ComparedMatrix, ModelComparison]):
     def tasks(self, kept: bool) -> MatrixTasks[ComparedMatrix]:
         """The comparison of each pair, which always says what weights it is of."""
         return MatrixTasks(
-            self.pairs, lambda indices: lambda old, new: compare_matrix(old, new, self.config), self.config
+            self.pairs,
+            lambda indices: lambda old, new: compare_matrix(old, new, self.config),
+            self.config,
+            memory_for=lambda old, new: factoring_bytes(old) + factoring_bytes(new),
         )
 
 

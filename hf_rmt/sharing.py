@@ -31,9 +31,9 @@ Whole = TypeVar("Whole", bound="Savable")
 Made = TypeVar("Made")
 
 
-def factoring_bytes(matrix: WeightMatrix) -> int:
-    """Memory that factoring a matrix takes."""
-    return working_bytes(*matrix.shape)
+def factoring_bytes(*matrices: WeightMatrix) -> int:
+    """Memory that factoring some matrices one after the other takes."""
+    return max(working_bytes(*matrix.shape) for matrix in matrices)
 
 
 @dataclass
@@ -48,7 +48,7 @@ class MatrixTasks(Generic[Result]):
         matrices: those of each task; the first gives it its name.
         work_on: of the positions of the tasks that this process will do, what makes a result of one's matrices.
         config: where and how many at a time, and whether a bar is shown.
-        memory_for: bytes that the work on one matrix takes.
+        memory_for: bytes that a task takes, by its matrices.
         together: what makes two tasks, by their first matrices, ones for the same process, one after the other, as they
             share something costly; None where none do.
     """
@@ -56,7 +56,7 @@ class MatrixTasks(Generic[Result]):
     matrices: Sequence[tuple[WeightMatrix, ...]]
     work_on: Callable[[Sequence[int]], Callable[..., Result]]
     config: AnalysisConfig
-    memory_for: Callable[[WeightMatrix], int] = factoring_bytes
+    memory_for: Callable[..., int] = factoring_bytes
     together: Callable[[WeightMatrix], Hashable] | None = None
 
     def results(self) -> list[Result]:
@@ -134,7 +134,7 @@ class MatrixTasks(Generic[Result]):
         costs = [sum(map(self._cost, bundle)) for bundle in bundles]
         mine = [bundles[position] for position in sorted(shares(costs, count)[rank])]
         tasks = [self.matrices[index] for index in itertools.chain(*mine)]
-        workers = tasks_at_a_time(tasks, self.config, [sum(map(self.memory_for, own)) for own in tasks])
+        workers = tasks_at_a_time(tasks, self.config, [self.memory_for(*own) for own in tasks])
         order = staggered(mine, workers)
         work = self.work_on(order)
         finished = len(self.matrices) - len(left) if count == 1 else 0

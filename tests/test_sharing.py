@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
@@ -15,14 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from hf_rmt import AnalysisConfig, RMTAnalyzer, processes, sharing
+from hf_rmt import AnalysisConfig, CheckpointPruner, Decile, RMTAnalyzer, processes, sharing
 from hf_rmt.eigenbases import memory_for
 from hf_rmt.processes import gather, rank_and_count, shares, strangers
 from hf_rmt.reports import store
 from hf_rmt.reports.report import AnalysisReport
 from hf_rmt.run import AnalysisRun
 from hf_rmt.sharing import bundles_of, staggered
-from hf_rmt.workers import seconds_estimate
+from hf_rmt.workers import seconds_estimate, working_bytes
 
 Maker = Callable[..., Any]
 
@@ -333,3 +334,23 @@ def test_a_budget_counts_the_eigenbases(monkeypatch: pytest.MonkeyPatch) -> None
         RMTAnalyzer(model).analyze(covariances=covariances, max_memory="310MB", progress=False)
     report = RMTAnalyzer(model).analyze(covariances=covariances, max_memory="0.5GB", progress=False)
     assert all(result.right_overlap is not None for result in report.values())
+
+
+def test_what_each_kind_of_work_takes(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One matrix, two beside each other, or those of a parameter one after the other."""
+    needs: list[list[int]] = []
+    original = sharing.workers_for
+    monkeypatch.setattr(
+        sharing, "workers_for", lambda own, *memory: needs.append(sorted(own)) or original(own, *memory)
+    )
+    model = make_model("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    analyzer = RMTAnalyzer(model)
+    analyzer.analyze(progress=False)
+    RMTAnalyzer.compare(analyzer, RMTAnalyzer(copy.deepcopy(model)), progress=False)
+    one = sorted(working_bytes(*matrix.shape) for matrix in analyzer.matrices)
+    assert needs == [one, [2 * need for need in one]]
+    pruner = CheckpointPruner(tmp_path / "model", progress=False)
+    pruner.remove(Decile(1), roles="*")
+    pruner.save_pretrained(tmp_path / "pruned")
+    assert needs[-1][-1] == one[-1] and set(needs[-1]) <= set(one)
