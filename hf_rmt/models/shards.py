@@ -33,6 +33,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+#: Bytes that safetensors allows.
+_LONGEST_HEADER = 100_000_000
 
 
 class CheckpointError(ValueError):
@@ -43,15 +45,16 @@ class CheckpointError(ValueError):
 class _Place:
     """Where a tensor lies: its bytes in a file, and what they are."""
 
-    path: Path
     start: int
+    end: int
     dtype: str
     shape: tuple[int, ...]
 
     def part(self, index: int) -> _Place:
         """With one index of the first axis, which stays."""
-        each = _bytes(self.dtype, self.shape) // self.shape[0]
-        return _Place(self.path, self.start + index * each, self.dtype, (1, *self.shape[1:]))
+        each = (self.end - self.start) // self.shape[0]
+        start = self.start + index * each
+        return _Place(start, start + each, self.dtype, (1, *self.shape[1:]))
 
 
 class SafetensorsFolder:
@@ -59,12 +62,15 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        #: By file: what tells this version of it from others, and its tensors.
+        self._headers: dict[str, tuple[object, dict[str, _Place]]] = {}
         self.files = self._files_by_tensor()
-        self.places = self._read_headers()
+        self._check_headers()
 
     def _files_by_tensor(self) -> dict[str, str]:
         if (self.folder / SINGLE).is_file():  # before the index, as transformers does
-            return dict.fromkeys(_header(self.folder / SINGLE), SINGLE)
+            with (self.folder / SINGLE).open("rb") as file:
+                return dict.fromkeys(self._header(SINGLE, file), SINGLE)
         if (self.folder / INDEX).is_file():
             return self._read_index(self.folder / INDEX)
         if (self.folder / "adapter_config.json").is_file():
@@ -90,34 +96,32 @@ class SafetensorsFolder:
                 raise CheckpointError(f"{self.folder / name} is missing, and {index.name} lists it: copy it there")
         return files
 
-    def _read_headers(self) -> dict[str, _Place]:
+    def _check_headers(self) -> None:
         """Every tensor of the index is in the file that it names, before any work is done."""
         by_file: dict[str, set[str]] = defaultdict(set)
         for tensor, name in self.files.items():
             by_file[name].add(tensor)
-        places: dict[str, _Place] = {}
         for name, tensors in by_file.items():
-            header = _header(self.folder / name)
-            if missing := sorted(tensors - set(header)):
+            with (self.folder / name).open("rb") as file:
+                missing = sorted(tensors - set(self._header(name, file)))
+            if missing:
                 raise CheckpointError(
                     f"{self.folder / name} does not hold {missing[0]} ({len(missing)} tensors in all), which the index "
                     "puts there: index and shards are of different checkpoints"
                 )
-            places |= {tensor: header[tensor] for tensor in tensors}
-        return places
 
     def read(self, tensor: str, index: int | None = None) -> torch.Tensor:
         """One tensor, or the part of it with one index of its first axis, which stays.
 
         Raises:
-            CheckpointError: it has a dtype of another kind, or the file has changed.
+            CheckpointError: it has a dtype of another kind, or the file has changed and does not hold it any more.
         """
-        place = self._place(tensor, index)
-        values = torch.empty(place.shape, dtype=_DTYPES[place.dtype])
-        with place.path.open("rb") as file:
+        with (self.folder / self.files[tensor]).open("rb") as file:
+            place = self._place(tensor, index, file)
+            values = torch.empty(place.shape, dtype=_DTYPES[place.dtype], device="cpu")
             file.seek(place.start)
             if file.readinto(_as_bytes(values)) != values.nbytes:
-                raise CheckpointError(f"{place.path} has become shorter since it was opened: fetch it again")
+                raise CheckpointError(f"{file.name} became shorter while it was read: fetch it again")
         return values
 
     def write(self, tensor: str, values: torch.Tensor, index: int | None = None) -> None:
@@ -128,23 +132,35 @@ class SafetensorsFolder:
         Raises:
             CheckpointError: they have not the dtype and shape of what is there.
         """
-        place = self._place(tensor, index)
-        if place.shape != tuple(values.shape) or _DTYPES[place.dtype] != values.dtype:
-            raise CheckpointError(
-                f"{place.path}: {tensor} is {place.dtype} of shape {list(place.shape)}, and cannot take "
-                f"{values.dtype} of {list(values.shape)}"
-            )
-        with place.path.open("r+b") as file:
+        with (self.folder / self.files[tensor]).open("r+b") as file:
+            place = self._place(tensor, index, file)
+            if place.shape != tuple(values.shape) or _DTYPES[place.dtype] != values.dtype:
+                raise CheckpointError(
+                    f"{file.name}: {tensor} is {place.dtype} of shape {list(place.shape)}, and cannot take "
+                    f"{values.dtype} of {list(values.shape)}"
+                )
             file.seek(place.start)
             file.write(_as_bytes(values.detach().cpu().contiguous()))
             file.flush()
             os.fsync(file.fileno())
 
-    def _place(self, tensor: str, index: int | None) -> _Place:
-        place = self.places[tensor]
+    def _place(self, tensor: str, index: int | None, file: Any) -> _Place:
+        place = self._header(self.files[tensor], file).get(tensor)
+        if place is None:
+            raise CheckpointError(f"{file.name} has changed, and does not hold {tensor} any more")
         if place.dtype not in _DTYPES:
-            raise CheckpointError(f"{place.path}: {tensor} is {place.dtype}, which nothing here computes with")
+            raise CheckpointError(f"{file.name}: {tensor} is {place.dtype}, which nothing here computes with")
         return place if index is None else place.part(index)
+
+    def _header(self, name: str, file: Any) -> dict[str, _Place]:
+        """The tensors of an open file; what was read of it before holds unless it has changed since."""
+        status = os.fstat(file.fileno())
+        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        known, places = self._headers.get(name, (None, {}))
+        if known != version:
+            places = _places_in(file, status.st_size)
+            self._headers[name] = version, places
+        return places
 
 
 def _as_bytes(values: torch.Tensor) -> Any:
@@ -152,37 +168,43 @@ def _as_bytes(values: torch.Tensor) -> Any:
     return values.flatten().view(torch.uint8).numpy()
 
 
-def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of known dtype."""
-    return math.prod(shape) * _DTYPES[dtype].itemsize
-
-
-def _header(path: Path) -> dict[str, _Place]:
-    """The tensors of one file.
+def _places_in(file: Any, size: int) -> dict[str, _Place]:
+    """The tensors of an open file of so many bytes.
 
     Raises:
         CheckpointError: it is no safetensors file, or not all of one.
     """
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= size - 8:
-                raise ValueError(f"its header has {length} bytes, and the file {size}")
-            described = json.loads(file.read(length))
-        places = {}
-        for name, one in described.items():
-            if name == "__metadata__":
-                continue
-            (start, end), shape = one["data_offsets"], tuple(one["shape"])
-            if not 0 <= start <= end <= size - 8 - length:
-                raise ValueError(f"{name} lies beyond its end")
-            if one["dtype"] in _DTYPES and end - start != _bytes(one["dtype"], shape):
-                raise ValueError(f"{name} has not the bytes of its shape")
-            places[name] = _Place(path, 8 + length + start, one["dtype"], shape)
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"its header would have {length} bytes, and the file has {size}")
+        described = json.loads(file.read(length))
+        first = 8 + length
+        places = {name: _described(one, first) for name, one in described.items() if name != "__metadata__"}
+        end = first
+        for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):
+            if place.start != end:
+                raise ValueError(f"{name} does not begin where the tensor before it ends")
+            end = place.end
+        if end != size:
+            raise ValueError(f"its tensors end at {end} bytes, and the file has {size}")
         return places
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file.name} is truncated or not a safetensors file ({error}): fetch it again"
+        ) from error
+
+
+def _described(one: dict[str, Any], first: int) -> _Place:
+    """What a header says of a tensor, where the tensors begin at a byte of the file."""
+    (start, end), shape = one["data_offsets"], tuple(one["shape"])
+    numbers = (start, end, *shape)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or start > end:
+        raise ValueError(f"offsets and shape are {numbers}")
+    dtype = _DTYPES.get(one["dtype"])
+    if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - start} bytes are not those of {one['dtype']} of shape {list(shape)}")
+    return _Place(first + start, first + end, one["dtype"], shape)
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -133,8 +133,18 @@ def test_files_are_not_mapped(sharded: Path) -> None:
     [
         (b"{", "Expecting property name"),
         (b"[1]", "has no attribute"),
-        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}}', "a lies beyond its end"),
-        (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "a has not the bytes of its shape"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}}', r"9 bytes are not those of F32 .*\[2\]"),
+        (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', r"8 bytes are not those of F32 .*\[3\]"),
+        (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}', r"end at \d+ bytes, and the file has"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', r"end at \d+ bytes, and the file has"),
+        (b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}', r"offsets and shape are \(8, 0, -2\)"),
+        (b'{"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}', r"offsets and shape are \(0, 8, 2\.0\)"),
+        (
+            b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+            b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+            "b does not begin where the tensor before it ends",
+        ),
+        (b"[" * 100_000, "recursion"),
         (b'{"a": {"dtype": "F32", "shape": [2]}}', "data_offsets"),
     ],
 )
@@ -153,10 +163,26 @@ def test_other_files(tmp_path: Path) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
     with pytest.raises(CheckpointError, match=r"a is F4, which nothing here computes with"):
         SafetensorsFolder(tmp_path).read("a")
-    save_file({"a": torch.rand(9)}, file)
+    file.write_bytes((10**9).to_bytes(8, "little") + bytes(99))
+    with pytest.raises(CheckpointError, match="its header would have 1000000000 bytes, and the file has 107"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_file_that_changes_is_read_as_it_is(tmp_path: Path) -> None:
+    file, values = tmp_path / "model.safetensors", torch.rand(9)
+    save_file({"a": values}, file)
     folder = SafetensorsFolder(tmp_path)
+    save_file({"a": values + 1}, file, metadata={"format": "pt", "step": "1000"})  # begins elsewhere
+    assert torch.equal(folder.read("a"), values + 1)
+    with torch.device("meta"):  # the default of others is not ours
+        assert torch.equal(folder.read("a"), values + 1)
+    folder.write("a", values)
+    assert torch.equal(load_file(file)["a"], values) and torch.equal(folder.read("a"), values)
+    save_file({"b": values}, file)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has changed, and does not hold a any more"):
+        folder.read("a")
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match="has become shorter since it was opened"):
+    with pytest.raises(CheckpointError, match="is truncated or not"):
         folder.read("a")
 
 
