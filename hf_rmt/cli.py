@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -104,9 +103,7 @@ _text_options = _options(
     click.option("--batch-size", default=16, show_default=True, help="Texts a batch."),
     click.option("--outputs", is_flag=True, help="Overlaps of left vectors with the outputs too."),
     click.option("--centred", is_flag=True, help="Take the mean out of the activations."),
-    click.option(
-        "--sequential", is_flag=True, help="All texts through one block after the other; with --max-memory from disk."
-    ),
+    click.option("--sequential", is_flag=True, help="Run all texts through one block after the other."),
 )
 
 
@@ -129,7 +126,8 @@ _OF_TEXTS = ("columns", "max_tokens", "batch_size", "outputs", "centred", "seque
 def analyze(context: click.Context, model: str, out: Path, plots: bool, **options: Any) -> None:
     """Hold the weights of MODEL, a checkpoint folder or Hub id, against random matrix theory.
 
-    Without --text no model is built and no data is needed.
+    Without --text no model is built and no data is needed. With --text, --sequential and --max-memory most weights stay
+    on disk while the model runs; those of an adapter and its base are in memory.
     """
     from hf_rmt import RMTAnalyzer
 
@@ -164,17 +162,12 @@ def _offload(out: Path, max_memory: str | None) -> Iterator[Offload | None]:
         return
     from hf_rmt.config import AnalysisConfig
     from hf_rmt.models.loading import Offload
-    from hf_rmt.processes import rank_and_count
+    from hf_rmt.reports.store import scratch
     from hf_rmt.workers import resident_memory
 
     budget: Any = AnalysisConfig(max_memory=max_memory).max_memory
-    folder = out / f".offloaded-{rank_and_count()[0]}"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir(parents=True)
-    try:
+    with scratch(out, ".offloaded-") as folder:
         yield Offload(max(0, budget - resident_memory()) // 4, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ready_to_run(model: str, revision: str | None, which: dict[str, bool], offload: Offload | None) -> RMTAnalyzer:

@@ -74,11 +74,14 @@ def check_covariances(covariances: ActivationCovariances, matrices: list[WeightM
 
 
 def memory_for(matrix: WeightMatrix, covariances: ActivationCovariances | None) -> int:
-    """Bytes that factoring a matrix takes, its eigenbases with it, of which each is computed before."""
+    """Bytes that factoring a matrix takes, its eigenbases with it, of which each is computed before.
+
+    Of these there are up to twice as many as workers, where several matrices share one.
+    """
     factoring = working_bytes(*matrix.shape)
     if covariances is None:
         return factoring
     sides = ((False, matrix.shape[1]), (True, matrix.shape[0]))
     widths = [width for output, width in sides if covariances.key(matrix.name, output) is not None]
-    held = sum(8 * width * width for width in widths)
+    held = 2 * sum(8 * width * width for width in widths)
     return held + max(factoring, *map(eigenbasis_bytes, widths)) if widths else factoring

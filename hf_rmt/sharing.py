@@ -49,8 +49,8 @@ class MatrixTasks(Generic[Result]):
         work_on: of the positions of the tasks that this process will do, what makes a result of one's matrices.
         config: where and how many at a time, and whether a bar is shown.
         memory_for: bytes that a task takes, by its matrices.
-        together: what makes two tasks, by their first matrices, ones for the same process, one after the other, as they
-            share something costly; None where none do.
+        together: what makes two tasks, by their first matrices, ones for the same process, as they share something
+            costly; None where none do.
     """
 
     matrices: Sequence[tuple[WeightMatrix, ...]]
@@ -122,15 +122,14 @@ class MatrixTasks(Generic[Result]):
     def _cost(self, index: int) -> float:
         return sum(seconds_estimate(*matrix.shape) for matrix in self.matrices[index])
 
-    def _bundles(self, left: list[int]) -> list[list[int]]:
-        together = self.together
-        key = None if together is None else lambda index: together(self.matrices[index][0])
-        return bundles_of(left, self._cost, key)
-
     def _own(self, left: list[int]) -> Iterator[tuple[int, Result]]:
         """The share of this process, each result as it comes."""
         rank, count = rank_and_count()
-        bundles = self._bundles(left)
+        together = self.together
+        key = None if together is None else lambda index: together(self.matrices[index][0])
+        # What takes longer than a fair share would keep one process at work and the others waiting.
+        largest = sum(map(self._cost, left)) / count if count > 1 else math.inf
+        bundles = bundles_of(left, self._cost, key, largest)
         costs = [sum(map(self._cost, bundle)) for bundle in bundles]
         mine = [bundles[position] for position in sorted(shares(costs, count)[rank])]
         tasks = [self.matrices[index] for index in itertools.chain(*mine)]
@@ -145,7 +144,7 @@ class MatrixTasks(Generic[Result]):
     def _do_in_rounds(self, left: list[int], keep: Callable[[int, Result], None]) -> None:
         """The same where all processes read each matrix together: one a process, then each works on its own."""
         rank, count = rank_and_count()
-        order = list(itertools.chain(*self._bundles(left)))
+        order = sorted(left, key=self._cost, reverse=True)
         work = self.work_on(order[rank::count])
         with progress_bar(self.config.progress if rank == 0 else False, len(order)) as advance:
             for start in range(0, len(order), count):
@@ -229,17 +228,28 @@ class MatrixRun(abc.ABC, Generic[Result, Whole]):
 
 
 def bundles_of(
-    indices: Collection[int], cost: Callable[[int], float], together: Callable[[int], Hashable] | None
+    indices: Collection[int],
+    cost: Callable[[int], float],
+    together: Callable[[int], Hashable] | None,
+    largest: float = math.inf,
 ) -> list[list[int]]:
     """Pieces of work in bundles of those that ``together`` says the same of, each by itself where that is None.
 
-    The costliest is first in its bundle, and the bundles come in the order of these.
+    The costliest is first in its bundle, and the bundles come in the order of these. None of several pieces costs more
+    than ``largest``: where more belong together there are several bundles of them.
     """
-    bundles: dict[Hashable, list[int]] = {}
+    bundles: list[list[int]] = []
+    open_ones: dict[Hashable, tuple[list[int], float]] = {}
     for index in sorted(indices, key=cost, reverse=True):
         shared = None if together is None else together(index)
-        bundles.setdefault((index,) if shared is None else shared, []).append(index)
-    return list(bundles.values())
+        bundle, so_far = open_ones.get(shared, ([], 0.0)) if shared is not None else ([], 0.0)
+        if bundle and so_far + cost(index) > largest:
+            bundle, so_far = [], 0.0
+        if not bundle:
+            bundles.append(bundle)
+        bundle.append(index)
+        open_ones[shared] = bundle, so_far + cost(index)
+    return bundles
 
 
 def staggered(bundles: list[list[int]], workers: int) -> list[int]:

@@ -7,6 +7,7 @@ of the threads, longest matrices first. The caller's thread settings are put bac
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+#: In a thread of several workers: ``number``, which of them it is.
+_WORKER = threading.local()
+_STREAMS: dict[tuple[int, torch.device], torch.Stream] = {}
+_STREAMS_LOCK = threading.Lock()
 #: Held by the one worker that tries again where an accelerator's memory did not suffice.
 _SHORT_OF_MEMORY = threading.Lock()
 
@@ -69,8 +74,11 @@ def resident_memory() -> int:
     """Bytes that this process has now, without pages of files, which the system takes back when it needs them."""
     import psutil
 
-    memory = psutil.Process().memory_info()
-    return memory.rss - getattr(memory, "shared", 0)  # Linux tells them apart
+    try:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return sum(1024 * int(status[kind].split()[0]) for kind in ("RssAnon", "RssShmem"))
+    except (OSError, KeyError):  # not Linux
+        return psutil.Process().memory_info().rss
 
 
 def working_bytes(rows: int, cols: int) -> int:
@@ -88,7 +96,8 @@ def eigenbasis_bytes(width: int) -> int:
 def where_it_fits(weight: torch.Tensor, device: str | None, work: Callable[[torch.Tensor], Result]) -> Result:
     """What ``work`` makes of a weight on a device, None for its own.
 
-    On an accelerator each worker has a stream of its own, so that the copies of one go on beside the work of another.
+    On an accelerator each of several workers has a stream of its own, so that the copies of one go on beside the work
+    of another.
     One that the memory does not suffice for tries again after the others that this has happened to, then on the CPU.
     """
     place = weight.device if device is None else torch.device(device)
@@ -117,12 +126,15 @@ def _let_go() -> None:
 
 @contextlib.contextmanager
 def own_stream(place: torch.device) -> Iterator[None]:
-    """What this thread asks of an accelerator meanwhile goes on beside what others ask, and is done at the end."""
-    if place.type == "mps":  # has one
+    """What a worker beside others asks of an accelerator goes on beside what these ask, and is done at the end.
+
+    A worker that is alone goes on in the stream that there is.
+    """
+    number = getattr(_WORKER, "number", None)
+    if number is None or place.type == "mps":  # which has one stream
         yield
         return
-    before = torch.accelerator.current_stream(place)
-    stream = torch.Stream(place)
+    before, stream = torch.accelerator.current_stream(place), _stream_of(number, place)
     stream.wait_stream(before)  # which the weights may still be made in
     torch.accelerator.set_stream(stream)
     try:
@@ -130,6 +142,16 @@ def own_stream(place: torch.device) -> Iterator[None]:
     finally:
         stream.synchronize()
         torch.accelerator.set_stream(before)
+
+
+def _stream_of(number: int, place: torch.device) -> torch.Stream:
+    """That of the worker of a number: the same in every run, as torch keeps memory for each stream."""
+    with _STREAMS_LOCK:
+        if (number, place) not in _STREAMS:
+            # Torch loads its library of linear algebra when it is first needed, and not by several threads at once.
+            torch.linalg.svd(torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=place))[1])
+            _STREAMS[number, place] = torch.Stream(place)
+        return _STREAMS[number, place]
 
 
 def seconds_estimate(rows: int, cols: int) -> float:
@@ -166,7 +188,13 @@ def run_in_order(tasks: Sequence[Task], work: Callable[[Task], Result], workers:
     that have are done.
     """
     each = max(1, cores() // workers)
-    with threads(each), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+    numbers = itertools.count()
+
+    def begin() -> None:
+        torch.set_num_threads(each)
+        _WORKER.number = next(numbers) if workers > 1 else None
+
+    with threads(each), ThreadPoolExecutor(workers, initializer=begin) as pool:
         running: dict[Future[Result], Task] = {pool.submit(work, task): task for task in tasks}
         try:
             while running:

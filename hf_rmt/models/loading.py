@@ -39,6 +39,7 @@ def load_model(source: str | Path, revision: str | None = None, offload: Offload
 
     Raises:
         OSError: there is no such checkpoint (of transformers).
+        ValueError: an older accelerate has no part of the model fit in the memory given.
     """
     import transformers
 
@@ -46,7 +47,15 @@ def load_model(source: str | Path, revision: str | None = None, offload: Offload
     name = next(iter(config.architectures or ()), "")
     cls = getattr(transformers, name, transformers.AutoModel)
     place = {} if offload is None else offload.arguments()
-    model = cls.from_pretrained(source, revision=revision, use_safetensors=True, **place).eval()
+    try:
+        model = cls.from_pretrained(source, revision=revision, use_safetensors=True, **place).eval()
+    except ValueError as error:
+        if offload is None or "disk_offload" not in str(error):  # what accelerate before 1.15 advises
+            raise
+        raise ValueError(
+            f"{offload.memory / 1e6:,.0f} MB hold no part of {source}: give a larger max_memory, or install "
+            "accelerate>=1.15, which can leave all of a model on disk"
+        ) from error
     if (commit := cached_commit(str(source), revision)) is not None:
         model.config._commit_hash = commit  # which not every version of transformers says
     return model

@@ -223,6 +223,30 @@ def hold(folder: Path) -> IO[str] | None:
     return file
 
 
+@contextlib.contextmanager
+def scratch(folder: Path, prefix: str) -> Iterator[Path]:
+    """A folder of its own in another one, for a while; those that killed runs have left there go."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for lock_file in folder.glob(f"{prefix}*/lock"):
+        with contextlib.suppress(ValueError):  # in use
+            stale = hold(lock_file.parent)
+            shutil.rmtree(lock_file.parent, ignore_errors=True)
+            if stale is not None:
+                stale.close()
+    own = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    lock = hold(own)
+    try:
+        yield own
+    finally:
+        if lock is not None:
+            lock.close()
+        shutil.rmtree(own, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something is in it
+            for path in made:
+                path.rmdir()
+
+
 class Storable(Protocol):
     """A result that can be kept in one file."""
 
