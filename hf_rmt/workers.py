@@ -97,8 +97,8 @@ def where_it_fits(weight: torch.Tensor, device: str | None, work: Callable[[torc
     """What ``work`` makes of a weight on a device, None for its own.
 
     On an accelerator each of several workers has a stream of its own, so that the copies of one go on beside the work
-    of another.
-    One that the memory does not suffice for tries again after the others that this has happened to, then on the CPU.
+    of another. One that the memory does not suffice for tries again after the others that this has happened to, then
+    goes to the CPU.
     """
     place = weight.device if device is None else torch.device(device)
     if place.type == "cpu":
