@@ -56,6 +56,8 @@ class Job:
         return ended
 
     def _kill_rank(self, rank: int) -> bool:
+        if rank in self._pids("ended"):  # and sleeps on an event that the launcher could not set any more
+            return True
         workers = self._launcher.children()
         for worker in workers:
             if worker.pid == self._pids("began")[rank]:
