@@ -23,7 +23,7 @@ from hf_rmt.models.batches import Batches
 from hf_rmt.models.live import callable_of, evaluating, is_sharded, unwrap
 from hf_rmt.processes import failing_together, gather, rank_and_count
 from hf_rmt.theory.inference import Rows
-from hf_rmt.workers import run_longest_first
+from hf_rmt.workers import run_in_order
 
 #: Tokens in a batch, padding counted, and logits that a batch may have: on a CPU, where each core has a batch,
 #: and on an accelerator.
@@ -399,7 +399,7 @@ def _each(
     """Each batch with what comes of it. Cores that have a batch each do not wait for each other at every product."""
     if (workers := min(workers, len(batches))) <= 1:
         return ((batch, work(batch)) for batch in batches)
-    return run_longest_first(batches, work, lambda batch: 0, workers)  # the longest are first
+    return run_in_order(batches, work, workers)  # the longest are first
 
 
 def _logits(model: nn.Module, rows: _TokenRows, batch: list[int]) -> torch.Tensor:

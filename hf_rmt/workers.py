@@ -174,13 +174,6 @@ def threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def run_longest_first(
-    tasks: Sequence[Task], work: Callable[[Task], Result], cost: Callable[[Task], float], workers: int
-) -> Iterator[tuple[Task, Result]]:
-    """``run_in_order``, the costliest first."""
-    return run_in_order(sorted(tasks, key=cost, reverse=True), work, workers)
-
-
 def run_in_order(tasks: Sequence[Task], work: Callable[[Task], Result], workers: int) -> Iterator[tuple[Task, Result]]:
     """Begins with the tasks in this order, and yields each with its result as it finishes.
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hf_rmt import workers
-from hf_rmt.workers import run_longest_first, seconds_estimate, workers_for, working_bytes
+from hf_rmt.workers import run_in_order, seconds_estimate, workers_for, working_bytes
 
 
 @pytest.fixture
@@ -29,18 +29,18 @@ def three_threads() -> Iterator[None]:
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_task_comes_back_with_its_result(count: int) -> None:
     tasks = list(range(40))
-    found = dict(run_longest_first(tasks, lambda i: i * i, float, count))
+    found = dict(run_in_order(tasks, lambda i: i * i, count))
     assert found == {i: i * i for i in tasks}
-    assert list(run_longest_first([], lambda i: i, float, count)) == []
+    assert list(run_in_order([], lambda i: i, count)) == []
 
 
 def test_equal_tasks_come_back_each() -> None:
-    assert sorted(run_longest_first([2, 2, 1, 2], lambda i: -i, float, 2)) == [(1, -1), (2, -2), (2, -2), (2, -2)]
+    assert sorted(run_in_order([2, 2, 2, 1], lambda i: -i, 2)) == [(1, -1), (2, -2), (2, -2), (2, -2)]
 
 
-def test_one_worker_begins_with_the_longest() -> None:
+def test_one_worker_works_in_the_order_given() -> None:
     begun: list[int] = []
-    list(run_longest_first([3, 1, 4, 1, 5, 9, 2, 6], begun.append, float, 1))
+    list(run_in_order([9, 6, 5, 4, 3, 2, 1, 1], begun.append, 1))
     assert begun == [9, 6, 5, 4, 3, 2, 1, 1]
 
 
@@ -53,7 +53,7 @@ def test_results_come_as_they_finish() -> None:
         return i
 
     order = []
-    for task, _ in run_longest_first([1, 2, 9], work, float, 2):
+    for task, _ in run_in_order([9, 2, 1], work, 2):
         order.append(task)
         if len(order) == 2:
             slow_may_end.set()
@@ -63,13 +63,13 @@ def test_results_come_as_they_finish() -> None:
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "cores", lambda: 6)
     for count, share in ((1, 6), (2, 3), (4, 1), (12, 1)):
-        seen = dict(run_longest_first([1, 2, 3], lambda _: torch.get_num_threads(), float, count))
+        seen = dict(run_in_order([3, 2, 1], lambda _: torch.get_num_threads(), count))
         assert set(seen.values()) == {share}
 
 
 @pytest.mark.usefixtures("three_threads")
 def test_threads_are_put_back() -> None:
-    list(run_longest_first([1, 2], lambda i: i, float, 2))
+    list(run_in_order([2, 1], lambda i: i, 2))
     assert torch.get_num_threads() == 3
     with workers.threads(1):
         assert torch.get_num_threads() == 1
@@ -86,7 +86,7 @@ def fail_at_nine(i: int) -> int:
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_exception_is_raised_and_threads_are_put_back(count: int) -> None:
     with pytest.raises(ArithmeticError, match="nine"):
-        list(run_longest_first([1, 9, 2], fail_at_nine, float, count))
+        list(run_in_order([9, 2, 1], fail_at_nine, count))
     assert torch.get_num_threads() == 3
 
 
@@ -101,7 +101,7 @@ def test_an_exception_cancels_what_has_not_begun() -> None:
         ended.append(i)
 
     with pytest.raises(ArithmeticError):
-        list(run_longest_first([5, 4, 3, 2, 9, 1], work, float, 1))
+        list(run_in_order([9, 5, 4, 3, 2, 1], work, 1))
     assert begun[0] == 9
     assert len(begun) <= 2
     assert ended == begun[1:]
@@ -116,7 +116,7 @@ def test_stopping_early_cancels_what_has_not_begun() -> None:
         time.sleep(0.1)
         return i
 
-    results = run_longest_first(list(range(50)), work, float, 1)
+    results = run_in_order(list(reversed(range(50))), work, 1)
     assert next(results) == (49, 49)
     results.close()  # type: ignore[attr-defined]
     assert len(begun) < 10

@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 import torch
 
-from hf_rmt.workers import cores, run_longest_first, seconds_estimate
+from hf_rmt.workers import cores, run_in_order, seconds_estimate
 
 #: Rounds of every comparison, unless a benchmark says otherwise.
 ROUNDS = 5
@@ -252,9 +252,9 @@ def _tall(weight: torch.Tensor) -> np.ndarray:
 
 def one_matrix_a_core(work: Callable[[torch.Tensor], None], weights: Sequence[torch.Tensor]) -> None:
     """Runs ``work`` over matrices as ``analyze()`` does: one a core, longest first."""
-    cost = lambda index: seconds_estimate(*weights[index].shape)  # noqa: E731
+    longest_first = sorted(weights, key=lambda weight: seconds_estimate(*weight.shape), reverse=True)
     workers = min(cores(), len(weights))
-    for _ in run_longest_first(range(len(weights)), lambda index: work(weights[index]), cost, workers):
+    for _ in run_in_order(longest_first, work, workers):
         pass
 
 
